@@ -1,0 +1,62 @@
+"""Python client of authsvc: tokens of its own for a service, and a check of its callers' tokens."""
+
+from .channel import Certificates, ReloadingChannel, channel, sync_channel
+from .client import AuthsvcClient, KeySet, RemoteVerdict
+from .core.claims import Claims
+from .core.reason import Reason
+from .errors import (
+    AuthsvcError,
+    Conflict,
+    DeadlineExceeded,
+    Internal,
+    InvalidRequest,
+    NotFound,
+    NotImplementedByServer,
+    PermissionDenied,
+    ResourceExhausted,
+    TokenUnavailable,
+    Unauthenticated,
+    Unavailable,
+    Violation,
+)
+from .identity import Caller, caller
+from .interceptors import RequireInterceptor, Validator, Verdict, bearer
+from .rules import RuleRefused
+from .token_source import Pace, Step, Token, TokenPlan, TokenSource
+
+__all__ = [
+    "AuthsvcClient",
+    "AuthsvcError",
+    "Caller",
+    "Certificates",
+    "Claims",
+    "Conflict",
+    "DeadlineExceeded",
+    "Internal",
+    "InvalidRequest",
+    "KeySet",
+    "NotFound",
+    "NotImplementedByServer",
+    "Pace",
+    "PermissionDenied",
+    "Reason",
+    "ReloadingChannel",
+    "RemoteVerdict",
+    "RequireInterceptor",
+    "ResourceExhausted",
+    "RuleRefused",
+    "Step",
+    "Token",
+    "TokenPlan",
+    "TokenSource",
+    "TokenUnavailable",
+    "Unauthenticated",
+    "Unavailable",
+    "Validator",
+    "Verdict",
+    "Violation",
+    "bearer",
+    "caller",
+    "channel",
+    "sync_channel",
+]

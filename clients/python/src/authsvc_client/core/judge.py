@@ -1,0 +1,227 @@
+"""The judgement of an access token: one function for server, agent and local validation."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from .cache import BytesCache
+from .claims import Claims, audiences_of, parse_claims
+from .jws import Refused, Verifier, decode, json_object, split
+from .markers import LEEWAY_S, MarkerKind, marker_key
+from .reason import Reason
+from .state import State
+
+ANY_AUDIENCE = "*"
+REUSABLE_S = 1.0
+TOKEN_TYPES = ("at+jwt", "application/at+jwt")
+_ENTRY_BYTES = 4096  # claims, keys and dictionary slots of a cached token, measured generously
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a token must hold up to. Compared with the verdict it is asked for once per call."""
+
+    audiences: frozenset[str]
+    """Audiences that the asker may validate; ANY_AUDIENCE means all."""
+    audience: str = ""
+    """The expected one; empty means any of `audiences`."""
+    scopes: frozenset[str] = frozenset()
+    thumbprint: str = ""
+    """`x5t#S256` of the presenter's certificate, if one was shown."""
+    require_bound: bool = False
+
+
+@dataclass(slots=True)
+class Verdict:
+    """The answer. `visible` False: the asker learns nothing but that it is not active."""
+
+    reason: Reason
+    """UNSPECIFIED when active."""
+    revision: int
+    check_time: float
+    reusable_until: float
+    verified: "Verified | None" = None
+    missing_scopes: frozenset[str] = frozenset()
+    visible: bool = True
+
+    @property
+    def active(self) -> bool:
+        """Whether the token holds."""
+        return self.reason is Reason.UNSPECIFIED
+
+    @property
+    def claims(self) -> Claims | None:
+        """Claims of the token, where its signature holds."""
+        return self.verified.claims if self.verified else None
+
+
+class Verified:
+    """These exact bytes were signed by this key and say these claims. Nothing else is known."""
+
+    __slots__ = ("claims", "cutoffs", "encoded", "marks", "verifier")
+
+    def __init__(self, verifier: Verifier, claims: Claims) -> None:
+        self.verifier = verifier
+        self.claims = claims
+        self.marks = _marks(verifier, claims)
+        self.cutoffs = _cutoffs(claims.client_id, claims.subject, *claims.actors)
+        self.encoded: Any = None
+        """Room for an edge to keep its own form of the claims."""
+
+
+def _marks(verifier: Verifier, claims: Claims) -> tuple[tuple[bytes, Reason], ...]:
+    """Keys of the dead marks that can kill the token."""
+    found = [(marker_key(MarkerKind.TOKEN_DEAD, claims.jti), Reason.TOKEN_REVOKED)]
+    if claims.root_jti:
+        found.append((marker_key(MarkerKind.TOKEN_DEAD, claims.root_jti), Reason.TOKEN_REVOKED))
+    if claims.grant_id:
+        found.append((marker_key(MarkerKind.GRANT_DEAD, claims.grant_id), Reason.GRANT_REVOKED))
+    if claims.session_id:
+        found.append((marker_key(MarkerKind.SESSION_DEAD, claims.session_id), Reason.SESSION_ENDED))
+    found.append((verifier.taint_key, Reason.TOKEN_KEY_TAINTED))
+    return tuple(found)
+
+
+@lru_cache(maxsize=8192)  # the same client and subject come again with every token of theirs
+def _cutoffs(client_id: str, *subjects: str) -> tuple[bytes, ...]:
+    """Keys of the cutoffs that can kill the token."""
+    keys = [marker_key(MarkerKind.CUTOFF_CLIENT, client_id)]
+    for subject in dict.fromkeys(subjects):
+        keys.append(marker_key(MarkerKind.CUTOFF_SUBJECT, subject))
+        keys.append(marker_key(MarkerKind.CUTOFF_SUBJECT_CLIENT, subject, client_id))
+    return tuple(keys)
+
+
+_ANYTHING = Question(frozenset({ANY_AUDIENCE}))
+
+
+class Judge:
+    """Judges tokens of one issuer by one state.
+
+    The cache says only whose signature the bytes carry: times, marks, key, audience, proof and
+    scopes are judged at every call.
+    """
+
+    def __init__(self, issuer: str, state: State, *, cache_bytes: int = 64 * 2**20) -> None:
+        self.state = state
+        self._issuer = issuer
+        self._cache: BytesCache[str, Verified] = BytesCache(cache_bytes)
+
+    def __call__(self, token: str, question: Question, boot: float) -> Verdict:
+        """Judges at boot time `boot` (seconds); raises StateStale where no answer is safe."""
+        state = self.state
+        state.require_fresh(boot)
+        now = state.now(boot)
+        try:
+            verified = self._find(token, question)
+            claims = verified.claims
+            _require_entitled(question, claims.audiences)
+            if state.staleness:
+                state.require_fresh(boot, claims.audiences)
+            self._require_alive(verified, now)
+            _require_audience(question, claims)
+            _require_proof(question, claims)
+        except Refused as refusal:
+            return Verdict(refusal.reason, state.revision, now, now, visible=refusal.visible)
+        reusable = min(now + REUSABLE_S, claims.expires)
+        if not question.scopes <= claims.scopes:
+            missing = question.scopes - claims.scopes
+            return Verdict(
+                Reason.INSUFFICIENT_SCOPE, state.revision, now, reusable, verified, missing
+            )
+        return Verdict(Reason.UNSPECIFIED, state.revision, now, reusable, verified)
+
+    def identify(self, token: str, boot: float) -> Verified | None:
+        """The token if it is ours and alive, whoever presents it and whatever it is for.
+
+        For whoever revokes it: neither audience nor proof is judged. Raises StateStale.
+        """
+        self.state.require_fresh(boot)
+        try:
+            verified = self._find(token, _ANYTHING)
+            self._require_alive(verified, self.state.now(boot))
+        except Refused:
+            return None
+        return verified
+
+    def _find(self, token: str, question: Question) -> Verified:
+        verified = self._cache.get(token)
+        if verified is not None:
+            verifier = verified.verifier
+            if self.state.keys.by_kid.get(verifier.kid) is verifier:
+                return verified
+        return self._verify(token, question)
+
+    def _verify(self, token: str, question: Question) -> Verified:
+        """The expensive part, after everything that can refuse without it.
+
+        The asker's right to the audience comes first: without it no other reason is ever told.
+        """
+        _require_entitled(question, question.audiences)
+        header_b64, payload_b64, signature_b64 = split(token)
+        payload = json_object(decode(payload_b64))
+        _require_entitled(question, audiences_of(payload))
+        keys = self.state.keys
+        verifier = keys.by_header.get(header_b64) or self._resolve(header_b64)
+        if payload.get("iss") != self._issuer:
+            raise Refused(Reason.TOKEN_ISSUER_WRONG)
+        if verifier is None:
+            raise Refused(Reason.TOKEN_KEY_UNKNOWN)
+        verifier.verify(f"{header_b64}.{payload_b64}".encode(), decode(signature_b64))
+        keys.by_header[header_b64] = verifier
+        verified = Verified(verifier, parse_claims(payload))
+        self._cache.put(token, verified, len(token) + _ENTRY_BYTES)
+        return verified
+
+    def _resolve(self, header_b64: str) -> Verifier | None:
+        header = json_object(decode(header_b64))
+        kid, typ = header.get("kid"), header.get("typ")
+        if not isinstance(typ, str) or typ.lower() not in TOKEN_TYPES:
+            raise Refused(Reason.TOKEN_TYPE_WRONG)
+        if header.keys() != {"alg", "kid", "typ"} or not isinstance(kid, str):
+            # crit, jwk, jku, x5u, x5c, zip, cty: refused, not ignored (RFC 8725 section 3.10).
+            raise Refused(Reason.TOKEN_MALFORMED)
+        verifier = self.state.keys.by_kid.get(kid)
+        return verifier if verifier is not None and verifier.alg == header["alg"] else None
+
+    def _require_alive(self, verified: Verified, now: float) -> None:
+        state, claims = self.state, verified.claims
+        if claims.expires + LEEWAY_S <= now:
+            raise Refused(Reason.TOKEN_EXPIRED)
+        if max(claims.issued, claims.not_before) > now + LEEWAY_S:
+            raise Refused(Reason.TOKEN_NOT_YET_VALID)
+        for key, reason in verified.marks:
+            if state.is_dead(key):
+                raise Refused(reason)
+        if claims.revision < state.cutoff(verified.cutoffs):
+            raise Refused(Reason.TOKEN_CUT_OFF)
+
+
+def _require_entitled(question: Question, audiences: Collection[str]) -> None:
+    """Refuses invisibly: who may not validate a token learns nothing of it, whatever its state."""
+    allowed = question.audiences
+    if ANY_AUDIENCE in allowed:
+        return
+    if question.audience and question.audience not in allowed:
+        raise Refused(Reason.TOKEN_INACTIVE, visible=False)
+    if allowed.isdisjoint(audiences):
+        raise Refused(Reason.TOKEN_INACTIVE, visible=False)
+
+
+def _require_audience(question: Question, claims: Claims) -> None:
+    if question.audience and question.audience not in claims.audiences:
+        raise Refused(Reason.TOKEN_AUDIENCE_WRONG)
+
+
+def _require_proof(question: Question, claims: Claims) -> None:
+    """Proof of possession (RFC 8705 section 3): a bound token is worth nothing without its key."""
+    if claims.jwk_thumbprint:
+        raise Refused(Reason.PROOF_MISSING)
+    if claims.certificate_thumbprint:
+        if not question.thumbprint:
+            raise Refused(Reason.PROOF_MISSING)
+        if question.thumbprint != claims.certificate_thumbprint:
+            raise Refused(Reason.PROOF_MISMATCH)
+    elif question.require_bound:
+        raise Refused(Reason.TOKEN_NOT_BOUND)

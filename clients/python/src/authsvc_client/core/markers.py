@@ -1,0 +1,70 @@
+"""Markers: what the feed says of dead tokens, cutoffs and changes, and how their keys are made."""
+
+import hashlib
+from dataclasses import dataclass
+from enum import IntEnum
+
+KEY_BYTES = 16
+
+ACCESS_TOKEN_LIFETIME_S_MAX = 3600
+LEEWAY_S = 30
+"""Tolerated on `exp`, `nbf` and `iat`."""
+SKEW_S = 30
+MARKER_LIFETIME_S = ACCESS_TOKEN_LIFETIME_S_MAX + LEEWAY_S + SKEW_S
+"""A marker is kept as long as any token that it kills could be taken for live."""
+
+
+class MarkerKind(IntEnum):
+    """Kinds of change; numbers are the contract's."""
+
+    TOKEN_DEAD = 1
+    GRANT_DEAD = 2
+    SESSION_DEAD = 3
+    CUTOFF_EVERYTHING = 4
+    CUTOFF_CLIENT = 5
+    CUTOFF_SUBJECT = 6
+    CUTOFF_SUBJECT_CLIENT = 7
+    KEY_TAINTED = 8
+    CLIENT_CHANGED = 9
+    PERMISSIONS_CHANGED = 10
+    ROLE_CHANGED = 11
+    RESOURCE_CHANGED = 12
+    KEYS_CHANGED = 13
+
+
+DEAD_KINDS = frozenset(
+    {
+        MarkerKind.TOKEN_DEAD,
+        MarkerKind.GRANT_DEAD,
+        MarkerKind.SESSION_DEAD,
+        MarkerKind.KEY_TAINTED,
+    }
+)
+CUTOFF_KINDS = frozenset(
+    {
+        MarkerKind.CUTOFF_EVERYTHING,
+        MarkerKind.CUTOFF_CLIENT,
+        MarkerKind.CUTOFF_SUBJECT,
+        MarkerKind.CUTOFF_SUBJECT_CLIENT,
+    }
+)
+
+
+def marker_key(kind: MarkerKind, *ids: str) -> bytes:
+    """16-byte key of a marker: small, and a watcher cannot read who it is about."""
+    preimage = bytes((kind,))
+    for text in ids:
+        raw = text.encode()
+        preimage += len(raw).to_bytes(4, "big") + raw
+    return hashlib.sha256(preimage).digest()[:KEY_BYTES]
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """One change of the feed."""
+
+    kind: MarkerKind
+    key: bytes
+    revision: int
+    until: float
+    """Seconds since the epoch, by the database's clock; then no live token is touched by it."""

@@ -1,0 +1,150 @@
+"""What is dead at which revision, which keys verify, and how old that knowledge is."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .jws import KeyRefused, Verifier
+from .markers import CUTOFF_KINDS, DEAD_KINDS, Marker, MarkerKind
+
+REVISIONS_PER_EPOCH = 2**32
+_SWEEP_S = 60
+
+
+class StateStale(Exception):
+    """The state was not confirmed for longer than allowed: no answer would be safe."""
+
+    def __init__(self, age_s: float) -> None:
+        super().__init__(f"state is {age_s:.1f} s old")
+        self.age_s = age_s
+
+
+class Keys:
+    """Verifiers by `kid`, and by the encoded headers that were seen with a good signature."""
+
+    __slots__ = ("by_header", "by_kid")
+
+    def __init__(self, by_kid: Mapping[str, Verifier]) -> None:
+        self.by_kid = dict(by_kid)
+        self.by_header: dict[str, Verifier] = {}
+
+
+class State:
+    """One object for the server, the agent and a caller's process; fed by the table or a stream.
+
+    Kill marks are only ever added or run out: a new epoch or snapshot takes none away.
+    """
+
+    __slots__ = (
+        "_behind",
+        "_cutoffs",
+        "_dead",
+        "_floor",
+        "_offset",
+        "_swept",
+        "_untils",
+        "confirmed",
+        "everything",
+        "keys",
+        "revision",
+        "staleness",
+        "staleness_max_s",
+    )
+
+    def __init__(self, staleness_max_s: float) -> None:
+        self.staleness_max_s = staleness_max_s
+        self.staleness: Mapping[str, float] = {}
+        """Audience -> its own bound in seconds, where it is lower."""
+        self.revision = 0
+        self.everything = 0
+        self.keys = Keys({})
+        self.confirmed: float | None = None
+        """Boot-time clock at the start of the read that confirmed the head; None: never."""
+        self._dead: dict[bytes, float] = {}
+        self._cutoffs: dict[bytes, tuple[int, float]] = {}
+        self._untils: dict[float, float] = {}
+        self._offset = -math.inf
+        self._floor = 0.0
+        self._behind = 0.0
+        self._swept = 0.0
+
+    def apply(self, markers: Iterable[Marker], revision: int) -> None:
+        """Takes in changes and moves to `revision`, never back within an epoch."""
+        for marker in markers:
+            if marker.kind in DEAD_KINDS:
+                until = float(math.ceil(max(marker.until, self._dead.get(marker.key, 0.0))))
+                self._dead[marker.key] = self._untils.setdefault(until, until)
+            elif marker.kind in CUTOFF_KINDS:
+                self._cut_off(marker)
+        self.revision = max(revision, self.revision)
+
+    def _cut_off(self, marker: Marker) -> None:
+        if marker.kind == MarkerKind.CUTOFF_EVERYTHING:
+            self.everything = max(self.everything, marker.revision)
+            return
+        revision, until = self._cutoffs.get(marker.key, (0, 0.0))
+        self._cutoffs[marker.key] = (max(marker.revision, revision), max(marker.until, until))
+
+    def confirm(self, started: float, database_time: float) -> None:
+        """Says that at boot time `started` a read began which found the head at `revision`."""
+        now = self.now(started)
+        self._offset = database_time - started
+        self.confirmed = started
+        # Where the database's clock went back, later markers run out too early by ours.
+        self._behind = max(self._behind, now - database_time)
+        now = self.now(started)
+        if now - self._swept > _SWEEP_S:
+            self._swept = now
+            self._sweep(now - self._behind)
+
+    def _sweep(self, now: float) -> None:
+        self._untils = {}
+        self._dead = {key: until for key, until in self._dead.items() if until > now}
+        self._cutoffs = {key: cut for key, cut in self._cutoffs.items() if cut[1] > now}
+
+    def now(self, boot: float) -> float:
+        """Database time at boot time `boot`, 0 before the first confirmation; never goes back."""
+        now = boot + self._offset
+        if now > self._floor:
+            self._floor = now
+        return self._floor
+
+    def age(self, boot: float) -> float:
+        """Seconds since the head was confirmed; infinite before the first time."""
+        return float("inf") if self.confirmed is None else boot - self.confirmed
+
+    def require_fresh(self, boot: float, audiences: tuple[str, ...] = ()) -> None:
+        """Raises StateStale past the bound, or past an audience's own lower one."""
+        age = self.age(boot)
+        bounds = [self.staleness[aud] for aud in audiences if aud in self.staleness]
+        if age > min(self.staleness_max_s, *bounds) if bounds else age > self.staleness_max_s:
+            raise StateStale(age)
+
+    def is_dead(self, key: bytes) -> bool:
+        """Whether a token, grant, session or signing key is dead."""
+        return key in self._dead
+
+    def cutoff(self, keys: tuple[bytes, ...]) -> int:
+        """The highest cutoff that applies: whatever carries a lower `rev` is dead."""
+        highest = self.everything
+        for key in keys:
+            cut = self._cutoffs.get(key)
+            if cut is not None and cut[0] > highest:
+                highest = cut[0]
+        return highest
+
+    def replace_keys(self, jwks: Iterable[Mapping[str, Any]]) -> None:
+        """Takes a new key set; a key that stays keeps its verifier, and what it verified.
+
+        Raises KeyRefused, and changes nothing, where one may not verify or two share a `kid`.
+        """
+        held = self.keys.by_kid
+        verifiers: dict[str, Verifier] = {}
+        for jwk in jwks:
+            kid = jwk.get("kid")
+            if not isinstance(kid, str) or not kid or kid in verifiers:
+                raise KeyRefused("kid missing or not unique")
+            known = held.get(kid)
+            verifiers[kid] = known if known and known.jwk == jwk else Verifier(jwk)
+        if verifiers != held:
+            self.keys = Keys(verifiers)
