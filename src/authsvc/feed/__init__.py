@@ -1,0 +1,1 @@
+"""How a change reaches everybody (docs/decisions/0003)."""

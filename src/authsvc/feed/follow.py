@@ -1,0 +1,173 @@
+"""Following the feed: the one place where the applied revision advances."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import structlog
+
+from authsvc.clock import Clock
+from authsvc.errors import AuthError, Reason
+from authsvc.store.port import ANY_KEY, FeedPage, FeedStore
+from authsvc_client.core.markers import CUTOFF_KINDS, DEAD_KINDS, Marker, MarkerKind
+from authsvc_client.core.state import State
+
+POLL_S = 1.0
+WATCHER_CHANGES_MAX = 1024
+
+log = structlog.get_logger()
+
+Listener = Callable[[tuple[Marker, ...]], Awaitable[None]]
+
+_CHANGED_KINDS = [kind for kind in MarkerKind if kind not in DEAD_KINDS | CUTOFF_KINDS]
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What one poll applied, for watchers. Without markers it is a heartbeat."""
+
+    revision: int
+    markers: tuple[Marker, ...]
+    started: float
+    """Boot-time clock at the start of the read."""
+    time: float
+    """The database's clock."""
+
+
+class Subscription:
+    """A watcher's bounded queue; `lost` once it was too slow."""
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[Applied] = asyncio.Queue(WATCHER_CHANGES_MAX)
+        self.lost = False
+
+    def offer(self, applied: Applied) -> None:
+        """Takes an event, or marks the watcher as lost; after a gap it gets nothing more."""
+        if self.queue.full():
+            self.lost = True
+        if not self.lost:
+            self.queue.put_nowait(applied)
+
+
+class Follow:
+    """Reads the feed once a second, and at once when poked."""
+
+    def __init__(
+        self,
+        store: FeedStore,
+        state: State,
+        clock: Clock,
+        *,
+        listeners: tuple[Listener, ...] = (),
+        synchronous: bool = False,
+    ) -> None:
+        """`listeners` drop what changed before the revision advances: what the markers name, and
+        after a snapshot, which cannot name all, everything (`ANY_KEY`). `synchronous` vouches that
+        the database loses no commit at a failover, so that a new epoch need not cut off all.
+        """
+        self._store = store
+        self._state = state
+        self._clock = clock
+        self._listeners = listeners
+        self._synchronous = synchronous
+        self._nonce: str | None = None
+        self._poke = asyncio.Event()
+        self._polled = asyncio.Condition()
+        self._lock = asyncio.Lock()
+        self._subscriptions: set[Subscription] = set()
+
+    async def poll(self) -> None:
+        """One read, applied. Raises AuthError STORE_UNAVAILABLE; then nothing is confirmed."""
+        async with self._lock:
+            started = self._clock.boot()
+            cursor = self._state.revision
+            page = await self._store.read(cursor)
+            if self._is_other_history(page):
+                await self._raise_epoch(page)
+                started = self._clock.boot()
+                cursor, page = 0, await self._store.read(0)
+            elif not page.known_fingerprint:
+                await self._store.begin(page)
+            if 0 < cursor < page.compacted_to:
+                cursor, page = 0, await self._store.read(0)
+            dropped = page.markers if cursor else (*page.markers, *_any_change(page))
+            for listener in self._listeners:
+                await listener(dropped)
+            self._nonce = page.nonce
+            self._state.apply(page.markers, page.head)
+            self._state.confirm(started, page.time)
+            applied = Applied(page.head, page.markers, started, page.time)
+        for subscription in self._subscriptions:
+            subscription.offer(applied)
+        async with self._polled:
+            self._polled.notify_all()
+
+    def _is_other_history(self, page: FeedPage) -> bool:
+        if page.known_fingerprint not in ("", page.fingerprint):
+            return True
+        cursor = self._state.revision
+        if cursor == 0:
+            return False
+        if page.head < cursor:
+            return True
+        return cursor > page.compacted_to and page.cursor_nonce != self._nonce
+
+    async def _raise_epoch(self, page: FeedPage) -> None:
+        log.error("feed.other_history", head=page.head, applied=self._state.revision)
+        await self._store.raise_epoch(page, self._state.revision, cut_off=not self._synchronous)
+
+    async def run(self) -> None:
+        """Polls until cancelled; a failure is logged and the state only grows older."""
+        while True:
+            self._poke.clear()  # before the read: what comes during it calls for another one
+            try:
+                await self.poll()
+            except AuthError as error:
+                log.warning("feed.poll_failed", reason=error.reason.name, cause=error.cause)
+            except Exception as error:  # a listener's; to stop would be never to heal
+                log.error("feed.poll_failed", reason=Reason.INTERNAL.name, cause=repr(error))
+            try:
+                async with asyncio.timeout(POLL_S):
+                    await self._poke.wait()
+            except TimeoutError:
+                continue
+
+    def poke(self) -> None:
+        """Polls now rather than within the second."""
+        self._poke.set()
+
+    async def next_poll(self) -> None:
+        """Waits for the poll that is due, at most two periods."""
+        try:
+            async with asyncio.timeout(2 * POLL_S), self._polled:
+                await self._polled.wait()
+        except TimeoutError:
+            return
+
+    async def reach(self, revision: int) -> None:
+        """Waits, a few periods at most, until this worker has applied a change of its own.
+
+        The change is durable and will arrive by the poll whatever happens here.
+        """
+        self.poke()
+        try:
+            async with asyncio.timeout(2 * POLL_S), self._polled:
+                await self._polled.wait_for(lambda: self._state.revision >= revision)
+        except TimeoutError:
+            log.warning("feed.slow_to_apply", revision=revision)
+
+    @asynccontextmanager
+    async def subscribe(self) -> AsyncIterator[Subscription]:
+        """Events from now on."""
+        subscription = Subscription()
+        self._subscriptions.add(subscription)
+        try:
+            yield subscription
+        finally:
+            self._subscriptions.discard(subscription)
+
+
+def _any_change(page: FeedPage) -> list[Marker]:
+    """What a snapshot adds for listeners: rows may have changed whose markers are gone."""
+    return [Marker(kind, ANY_KEY, page.head, page.time) for kind in _CHANGED_KINDS]

@@ -1,0 +1,62 @@
+"""Access tokens as bytes: signed JWTs (RFC 9068)."""
+
+import base64
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_der_private_key,
+)
+
+from authsvc.keys.secrets import Sealer, new_id
+from authsvc.model import KeyState, SigningKey
+from authsvc_client.core.jws import ALGORITHMS
+
+DEFAULT_ALGORITHM = "ES256"
+_SEALED_FOR = "signing-key:"
+
+
+def _segment(raw: bytes) -> bytes:
+    return base64.urlsafe_b64encode(raw).rstrip(b"=")
+
+
+class Signer:
+    """The current key, prepared: its header is encoded once."""
+
+    __slots__ = ("_algorithm", "_header", "_key", "kid")
+
+    def __init__(self, key: SigningKey, sealer: Sealer) -> None:
+        """Raises ValueError where the private part cannot be opened."""
+        private = sealer.open(key.sealed_private, _SEALED_FOR + key.kid)
+        self.kid = key.kid
+        self._algorithm = ALGORITHMS[key.alg]
+        self._key = self._algorithm.prepare_key(load_der_private_key(private, password=None))
+        header = {"alg": key.alg, "kid": key.kid, "typ": "at+jwt"}
+        self._header = _segment(json.dumps(header, separators=(",", ":")).encode()) + b"."
+
+    def sign(self, claims: Mapping[str, Any]) -> str:
+        """A compact JWS over the claims."""
+        body = self._header + _segment(json.dumps(claims, separators=(",", ":")).encode())
+        signature: bytes = self._algorithm.sign(body, self._key)
+        return (body + b"." + _segment(signature)).decode()
+
+
+def generate(sealer: Sealer, state: KeyState, now: float) -> SigningKey:
+    """A new signing key, its private part sealed."""
+    private = ec.generate_private_key(ec.SECP256R1())
+    kid = new_id()
+    plain = private.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+    jwk = ALGORITHMS[DEFAULT_ALGORITHM].to_jwk(private.public_key(), as_dict=True)
+    return SigningKey(
+        kid=kid,
+        alg=DEFAULT_ALGORITHM,
+        state=state,
+        public_jwk={**jwk, "kid": kid, "alg": DEFAULT_ALGORITHM, "use": "sig"},
+        sealed_private=sealer.seal(plain, _SEALED_FOR + kid),
+        create_time=now,
+    )

@@ -1,0 +1,97 @@
+"""Random values, secrets that are shown once, and what is encrypted at rest."""
+
+import base64
+import hashlib
+import hmac
+import secrets
+from dataclasses import dataclass
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+CLIENT_SECRET_PREFIX = "asvc_cs_"
+SEAL_KEY_BYTES = 32
+_NONCE_BYTES = 12
+_CHECK_CHARS = 6
+_SECRET_CHARS = 43  # 32 bytes in base64url
+
+
+def new_id() -> str:
+    """128 random bits, base64url: identity of tokens, clients, incidents, signing keys."""
+    return secrets.token_urlsafe(16)
+
+
+def new_seal_key() -> bytes:
+    """A key for Sealer."""
+    return secrets.token_bytes(SEAL_KEY_BYTES)
+
+
+def jitter(span: float) -> float:
+    """A random share of a span, to keep processes apart."""
+    return secrets.SystemRandom().random() * span
+
+
+def new_secret(prefix: str) -> str:
+    """256 random bits behind a prefix that scanners find, with a checksum that spots typing errors.
+
+    Stored as `digest` of it: with this much entropy a slow hash would add nothing.
+    """
+    body = prefix + secrets.token_urlsafe(32)
+    return body + _check(body)
+
+
+def is_secret(text: str, prefix: str) -> bool:
+    """Whether it could be one of ours; what is not costs no look-up."""
+    if not text.startswith(prefix) or len(text) != len(prefix) + _SECRET_CHARS + _CHECK_CHARS:
+        return False
+    if not text.isascii():
+        return False
+    return hmac.compare_digest(text[-_CHECK_CHARS:], _check(text[:-_CHECK_CHARS]))
+
+
+def digest(secret: str) -> bytes:
+    """SHA-256 of a secret, as it is stored."""
+    return hashlib.sha256(secret.encode()).digest()
+
+
+def matches(secret: str, prefix: str, stored: bytes | None) -> bool:
+    """Whether a presented secret is the stored one, in constant time."""
+    return is_secret(secret, prefix) and hmac.compare_digest(digest(secret), stored or bytes(32))
+
+
+def _check(body: str) -> str:
+    return hashlib.sha256(body.encode()).hexdigest()[:_CHECK_CHARS]
+
+
+@dataclass(frozen=True, slots=True)
+class Sealer:
+    """Encrypts at rest (AES-256-GCM) by the first key; opens by any, so keys can be rotated."""
+
+    keys: tuple[bytes, ...]
+
+    def seal(self, plain: bytes, purpose: str) -> bytes:
+        """Encrypts for a purpose: what was sealed for one cannot be opened for another."""
+        value = secrets.token_bytes(_NONCE_BYTES)
+        return value + AESGCM(self.keys[0]).encrypt(value, plain, purpose.encode())
+
+    def open(self, sealed: bytes, purpose: str) -> bytes:
+        """Decrypts; raises ValueError where no key fits or a bit was changed."""
+        for key in self.keys:
+            try:
+                return AESGCM(key).decrypt(
+                    sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], purpose.encode()
+                )
+            except (InvalidTag, ValueError):
+                continue
+        raise ValueError(f"cannot be opened with the configured keys: {purpose}")
+
+    def seal_text(self, plain: str, purpose: str) -> str:
+        """As `seal`, in base64url without padding."""
+        return base64.urlsafe_b64encode(self.seal(plain.encode(), purpose)).rstrip(b"=").decode()
+
+    def open_text(self, sealed: str, purpose: str) -> str:
+        """As `open`, of `seal_text`; another spelling of the same bytes is refused too."""
+        raw = base64.urlsafe_b64decode(sealed + "=" * (-len(sealed) % 4))
+        if base64.urlsafe_b64encode(raw).rstrip(b"=") != sealed.encode():
+            raise ValueError("not canonical")
+        return self.open(raw, purpose).decode()

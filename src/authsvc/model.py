@@ -1,0 +1,229 @@
+"""The nouns: plain immutable values that every layer shares. No I/O, no wire types."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from types import MappingProxyType
+
+CLIENT_ID_CHARS_MAX = 64
+ANY_AUDIENCE = "*"
+
+# Scopes of authsvc itself, as a resource whose id is the issuer.
+SCOPE_ADMIN = "admin"
+SCOPE_VALIDATE = "validate"
+SCOPE_WATCH = "watch"
+SCOPE_REGISTER = "register"
+OWN_SCOPES = (SCOPE_ADMIN, SCOPE_VALIDATE, SCOPE_WATCH, SCOPE_REGISTER)
+
+
+@dataclass(frozen=True, slots=True)
+class Validity:
+    """A span of time, in seconds since the epoch; both ends belong to it (RFC 5280 4.1.2.5)."""
+
+    not_before: float
+    not_after: float
+
+    def covers(self, now: float) -> bool:
+        """Whether `now` lies in it."""
+        return self.not_before <= now <= self.not_after
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The certificate on the connection, and the CAs of the listener that its path leads to."""
+
+    thumbprint: str
+    """SHA-256 of the DER certificate, base64url without padding (`x5t#S256`, RFC 8705 3.1)."""
+    spiffe_id: str
+    """The URI SAN where there is exactly one and it is a SPIFFE ID; else empty."""
+    dns_names: frozenset[str]
+    """DNS SANs, in lower case."""
+    subject_dn: str
+    """Subject (RFC 4514); empty where the certificate has none."""
+    validity: Validity
+    """Of the certificate itself."""
+    paths: Mapping[str, Validity]
+    """CA (lower-case hex SHA-256 of its SubjectPublicKeyInfo) -> validity of the whole path."""
+
+
+class IdentityKind(StrEnum):
+    """Which name in a certificate identifies a client (RFC 8705 section 2.1.2)."""
+
+    SAN_URI = "san_uri"
+    SAN_DNS = "san_dns"
+    SUBJECT_DN = "subject_dn"
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateIdentity:
+    """A name in a certificate, and the CA that must have issued it."""
+
+    kind: IdentityKind
+    value: str
+    ca: str
+    """Lower-case hex SHA-256 of the CA's SubjectPublicKeyInfo."""
+
+    def matches(self, peer: Peer, now: float) -> bool:
+        """Whether the peer has this name, by a path to this CA that is valid at `now`."""
+        path = peer.paths.get(self.ca)
+        if path is None or not path.covers(now):
+            return False
+        return self.value in peer_names(peer, self.kind)
+
+
+def peer_names(peer: Peer, kind: IdentityKind) -> frozenset[str]:
+    """The names of a kind that the certificate carries."""
+    if kind is IdentityKind.SAN_DNS:
+        return peer.dns_names
+    name = peer.spiffe_id if kind is IdentityKind.SAN_URI else peer.subject_dn
+    return frozenset({name} if name else ())
+
+
+class ClientState(IntEnum):
+    """Where a client stands in its review; numbers are the contract's."""
+
+    PENDING = 1
+    APPROVED = 2
+    REJECTED = 3
+    EXPIRED = 4
+    SUSPENDED = 5
+
+
+class AuthMethod(IntEnum):
+    """How a client authenticates; numbers are the contract's."""
+
+    NONE = 1
+    CLIENT_SECRET_BASIC = 2
+    CLIENT_SECRET_POST = 3
+    PRIVATE_KEY_JWT = 4
+    TLS_CLIENT_AUTH = 5
+    SELF_SIGNED_TLS_CLIENT_AUTH = 6
+    API_KEY = 7
+
+
+class GrantType(IntEnum):
+    """Grants; numbers are the contract's."""
+
+    CLIENT_CREDENTIALS = 1
+    AUTHORIZATION_CODE = 2
+    REFRESH_TOKEN = 3
+    PASSWORD = 4
+    DEVICE_CODE = 5
+    TOKEN_EXCHANGE = 6
+    JWT_BEARER = 7
+
+
+@dataclass(frozen=True, slots=True)
+class ClientMetadata:
+    """What a client says of itself (RFC 7591 section 2), defaults filled in."""
+
+    client_name: str
+    grant_types: frozenset[GrantType]
+    auth_methods: frozenset[AuthMethod]
+    scopes: frozenset[str]
+    identity: CertificateIdentity | None = None
+    bound_access_tokens: bool = False
+    validates: frozenset[str] = frozenset()
+    texts: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """client_uri, logo_uri, policy_uri, tos_uri, software_id, software_version."""
+    contacts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """A registered client."""
+
+    client_id: str
+    metadata: ClientMetadata
+    state: ClientState
+    create_time: float
+    update_time: float
+    registrant: str
+    version: int = 1
+    """Counts changes; the etag."""
+    reviewer: str = ""
+    review_comment: str = ""
+    review_time: float | None = None
+    approval_expire_time: float | None = None
+    secret_digest: bytes | None = None
+    """SHA-256 of the secret."""
+    cutoff: int = 0
+    """Tokens with a `rev` below it are dead; never lowered."""
+
+
+class TokenFormat(IntEnum):
+    """The form of a resource's access tokens; numbers are the contract's."""
+
+    JWT = 1
+    OPAQUE = 2
+    JWE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """A resource server, as an audience (RFC 8707)."""
+
+    resource_id: str
+    scopes: Mapping[str, str]
+    """Scope -> description."""
+    create_time: float
+    update_time: float
+    display_name: str = ""
+    owner_client_id: str = ""
+    token_format: TokenFormat = TokenFormat.JWT
+    token_lifetime_s: int = 300
+    staleness_max_s: int | None = None
+    version: int = 1
+
+
+class Catalog:
+    """All resources, by id, by scope and by owner; immutable."""
+
+    def __init__(self, resources: tuple[Resource, ...]) -> None:
+        self.by_id = {r.resource_id: r for r in resources}
+        self.owner_of_scope = {scope: r.resource_id for r in resources for scope in r.scopes}
+        owned: dict[str, set[str]] = {}
+        for r in resources:
+            if r.owner_client_id:
+                owned.setdefault(r.owner_client_id, set()).add(r.resource_id)
+        self._owned = {client: frozenset(ids) for client, ids in owned.items()}
+
+    def owned_by(self, client_id: str) -> frozenset[str]:
+        """Resources that a client owns."""
+        return self._owned.get(client_id, frozenset())
+
+
+class KeyState(StrEnum):
+    """Where a signing key stands."""
+
+    NEXT = "next"
+    CURRENT = "current"
+    RETIRED = "retired"
+    TAINTED = "tainted"
+
+
+@dataclass(frozen=True, slots=True)
+class SigningKey:
+    """A signing key as it is stored."""
+
+    kid: str
+    alg: str
+    state: KeyState
+    public_jwk: Mapping[str, str]
+    sealed_private: bytes
+    """PKCS #8, encrypted at rest (keys.secrets)."""
+    create_time: float
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls one of authsvc's own methods, and what it may do."""
+
+    name: str
+    """Client id, or SPIFFE ID of an administrator by the settings."""
+    client_id: str
+    """Empty for an administrator by the settings."""
+    scopes: frozenset[str]
+    audiences: frozenset[str]
+    """Whose tokens it may validate; ANY_AUDIENCE means all."""
+    peer: Peer

@@ -1,0 +1,94 @@
+"""Rows kept in this process, each with the revision before its read; the feed drops them.
+
+A row is served only while no change of it at or above that revision is known, so a token minted
+by it carries a `rev` that is right (docs/decisions/0003).
+"""
+
+from authsvc.model import Catalog, Client, IdentityKind, Peer, peer_names
+from authsvc.store.port import ANY_KEY, ClientStore, ResourceStore
+from authsvc_client.core.cache import BytesCache
+from authsvc_client.core.markers import Marker, MarkerKind, marker_key
+
+CLIENTS_BYTES_MAX = 32 * 2**20
+_CLIENT_BYTES = 8192  # a row with all its lists, measured generously
+
+
+class CachedClients:
+    """Clients by id and by peer. What is not there is not remembered."""
+
+    def __init__(self, store: ClientStore) -> None:
+        self._store = store
+        self._rows: BytesCache[bytes, Client] = BytesCache(CLIENTS_BYTES_MAX)
+        self._by_thumbprint: BytesCache[str, tuple[str, bytes]] = BytesCache(2**22)
+        self._changes = 0
+
+    async def changed(self, markers: tuple[Marker, ...]) -> None:
+        """Drops what changed; called before the applied revision advances."""
+        for marker in markers:
+            if marker.kind is MarkerKind.CLIENT_CHANGED:
+                self._changes += 1
+                if marker.key == ANY_KEY:
+                    self._rows.clear()
+                else:
+                    self._rows.drop(marker.key)
+
+    async def get(self, client_id: str) -> Client | None:
+        """One client, as of the applied revision or later."""
+        key = marker_key(MarkerKind.CLIENT_CHANGED, client_id)
+        client = self._rows.get(key)
+        return client if client is not None else await self._load(client_id, key)
+
+    async def _load(self, client_id: str, key: bytes) -> Client | None:
+        changes = self._changes
+        client = await self._store.get(client_id)
+        # A change that came meanwhile may be newer than this read: do not keep what it dropped.
+        if client is not None and changes == self._changes:
+            self._rows.put(key, client, _CLIENT_BYTES)
+        return client
+
+    async def by_peer(self, peer: Peer, now: float) -> Client | None:
+        """The client that this certificate names; None where there is none or more than one."""
+        known = self._by_thumbprint.get(peer.thumbprint)
+        if known is not None:
+            client_id, key = known
+            client = self._rows.get(key) or await self._load(client_id, key)
+            if client is not None and _is(client, peer, now):
+                return client
+        names = {(kind, name) for kind in IdentityKind for name in peer_names(peer, kind)}
+        found = [c for c in await self._store.by_identity(names) if _is(c, peer, now)]
+        if len(found) != 1:
+            return None
+        client_id = found[0].client_id
+        key = marker_key(MarkerKind.CLIENT_CHANGED, client_id)
+        self._by_thumbprint.put(peer.thumbprint, (client_id, key), 512)
+        return self._rows.get(key) or await self._load(client_id, key)
+
+
+def _is(client: Client, peer: Peer, now: float) -> bool:
+    identity = client.metadata.identity
+    return identity is not None and identity.matches(peer, now)
+
+
+class CachedCatalog:
+    """All resources as one value."""
+
+    def __init__(self, store: ResourceStore) -> None:
+        self._store = store
+        self._catalog: Catalog | None = None
+        self._changes = 0
+
+    async def changed(self, markers: tuple[Marker, ...]) -> None:
+        """Drops it where a resource changed."""
+        if any(marker.kind is MarkerKind.RESOURCE_CHANGED for marker in markers):
+            self._changes += 1
+            self._catalog = None
+
+    async def __call__(self) -> Catalog:
+        """The catalog, as of the applied revision or later."""
+        if self._catalog is not None:
+            return self._catalog
+        changes = self._changes
+        catalog = await self._store.catalog()
+        if changes == self._changes:
+            self._catalog = catalog
+        return catalog

@@ -1,0 +1,158 @@
+"""The database: engines, transactions, and which errors mean what."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import structlog
+from sqlalchemy import ColumnElement, Row, event, literal_column
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from authsvc.errors import AuthError, Reason
+
+T = TypeVar("T")
+R = TypeVar("R", bound=Row[Any])
+
+COMMAND_TIMEOUT_S = 5.0
+POOL_CONNECTIONS = 8
+
+log = structlog.get_logger()
+
+_LOST = (SQLAlchemyError, OSError, TimeoutError)
+_TIME = {
+    "sqlite": "((julianday('now') - 2440587.5) * 86400.0)",
+    "postgresql": "(extract(epoch FROM clock_timestamp())::double precision)",
+}
+_POSTGRES_FINGERPRINT = (
+    "((SELECT system_identifier::text FROM pg_control_system()) || ':'"
+    " || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))"
+)
+
+
+class Database:
+    """A SQLite file or a PostgreSQL primary: one engine to write, one to read, one to follow."""
+
+    def __init__(
+        self, url: str, *, sqlite_id: str = "", timeout_s: float = COMMAND_TIMEOUT_S
+    ) -> None:
+        """`sqlite_id` names a SQLite file's lineage; PostgreSQL names its own. `timeout_s` bounds
+        each wait: for a connection, for a lock, for a statement.
+        """
+        self.url = make_url(url)
+        self.dialect = self.url.get_backend_name()
+        if self.dialect == "sqlite":
+            self._writer = _sqlite(url, timeout_s, begin="BEGIN IMMEDIATE")
+            self._reader = self._follower = _sqlite(url, timeout_s, begin="BEGIN")
+        elif self.dialect == "postgresql":
+            self._writer = _postgres(url, timeout_s, POOL_CONNECTIONS)
+            auto = {"isolation_level": "AUTOCOMMIT"}
+            self._reader = self._writer.execution_options(**auto)
+            self._follower = _postgres(url, timeout_s, 1).execution_options(**auto)
+        else:
+            raise ValueError(f"database.url: {self.dialect} is neither sqlite nor postgresql")
+        self.time: ColumnElement[float] = literal_column(_TIME[self.dialect])
+        if re.fullmatch(r"[0-9a-f]*", sqlite_id) is None:
+            raise ValueError("sqlite_id: hexadecimal digits only")
+        self.fingerprint: ColumnElement[str] = literal_column(
+            f"'{sqlite_id}'" if self.dialect == "sqlite" else _POSTGRES_FINGERPRINT
+        )
+        self._running: set[asyncio.Task[Any]] = set()
+
+    async def close(self) -> None:
+        """Waits for the changes under way, and gives all connections back."""
+        if self._running:
+            await asyncio.wait(self._running)
+        for engine in {
+            id(e.pool): e for e in (self._writer, self._reader, self._follower)
+        }.values():
+            await engine.dispose()
+
+    @asynccontextmanager
+    async def read(self, *, follower: bool = False) -> AsyncIterator[AsyncConnection]:
+        """A connection for one statement; AuthError STORE_UNAVAILABLE where it is lost."""
+        try:
+            async with (self._follower if follower else self._reader).connect() as connection:
+                yield connection
+        except _LOST as error:
+            raise AuthError(Reason.STORE_UNAVAILABLE, cause=repr(error)) from error
+
+    @asynccontextmanager
+    async def write(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction; AuthError STORE_UNAVAILABLE before the commit, COMMIT_UNKNOWN in it."""
+        committing = False
+        try:
+            async with self._writer.connect() as connection:
+                yield connection
+                committing = True
+                await connection.commit()
+        except _LOST as error:
+            if isinstance(error, IntegrityError) and not committing:
+                raise
+            reason = Reason.COMMIT_UNKNOWN if committing else Reason.STORE_UNAVAILABLE
+            raise AuthError(reason, cause=repr(error)) from error
+
+    async def to_the_end(self, change: Coroutine[Any, Any, T]) -> T:
+        """Runs a change in a task of its own: a caller that goes away does not cut it in half."""
+        task = asyncio.create_task(change)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return await asyncio.shield(task)
+
+
+def readable(rows: Iterable[R], decode: Callable[[R], T], table: str) -> Iterator[T]:
+    """Rows as values. One that this version cannot read is reported, and is not there."""
+    for row in rows:
+        try:
+            yield decode(row)
+        except (LookupError, TypeError, ValueError, RecursionError) as error:
+            log.error("store.unreadable", table=table, id=row[0], cause=repr(error))
+
+
+def _sqlite(url: str, timeout_s: float, *, begin: str) -> AsyncEngine:
+    connections = 1 if "IMMEDIATE" in begin else 4
+    engine = create_async_engine(url, pool_size=connections, max_overflow=0, pool_timeout=timeout_s)
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def on_connect(connection: Any, _record: Any) -> None:
+        # The driver's own transaction mode loses updates without a word.
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        for pragma in (
+            f"busy_timeout={int(timeout_s * 1000)}",
+            "journal_mode=WAL",
+            "synchronous=FULL",
+            "foreign_keys=ON",
+        ):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def on_begin(connection: Any) -> None:
+        connection.exec_driver_sql(begin)
+
+    return engine
+
+
+def _postgres(url: str, timeout_s: float, connections: int) -> AsyncEngine:
+    milliseconds = str(int(timeout_s * 1000))
+    return create_async_engine(
+        url,
+        pool_size=connections,
+        max_overflow=0,
+        pool_timeout=timeout_s,
+        pool_pre_ping=False,
+        connect_args={
+            "command_timeout": timeout_s,
+            "timeout": timeout_s,
+            "server_settings": {
+                "application_name": "authsvc",
+                "default_transaction_isolation": "read committed",
+                "lock_timeout": milliseconds,
+                "idle_in_transaction_session_timeout": milliseconds,
+            },
+        },
+    )
