@@ -1,0 +1,1 @@
+"""Pure rules of issuing: no I/O, no clock, no async."""

@@ -1,0 +1,66 @@
+"""Which resources a token is for (RFC 8707)."""
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from authsvc.errors import AuthError, Reason, not_implemented
+from authsvc.model import Catalog, Resource, TokenFormat
+
+RESOURCE_CHARS_MAX = 512
+
+_absolute = re.compile(
+    r"[A-Za-z][A-Za-z0-9+.-]*:[\x21\x24-\x3B\x3D\x3F-\x5B\x5D\x5F\x61-\x7A\x7E]+"
+).fullmatch
+
+
+def is_resource_id(text: str) -> bool:
+    """Whether it is an absolute URI without fragment (RFC 8707 section 2)."""
+    return len(text) <= RESOURCE_CHARS_MAX and _absolute(text) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a token is made for."""
+
+    audiences: tuple[str, ...]
+    scopes: frozenset[str]
+    lifetime_s: int
+
+
+def pick(
+    resources: Collection[str],
+    scopes: frozenset[str],
+    explicit: bool,
+    catalog: Catalog,
+    issuer: str,
+) -> Target:
+    """The audiences of a token: those asked for, or else the one owner of its scopes.
+
+    `explicit` says that the scopes were asked for; then each must belong to one of the resources.
+    Raises AuthError INVALID_TARGET (RFC 8707 section 2), or NOT_IMPLEMENTED for a token format.
+    """
+    owners = {catalog.owner_of_scope[scope] for scope in scopes}
+    audiences = tuple(sorted(set(resources) or owners))
+    if not resources and len(audiences) != 1:
+        what = "name the resources" if audiences else "the client has no scope"
+        raise AuthError(Reason.INVALID_TARGET, what)
+    if issuer in audiences and len(audiences) > 1:
+        raise AuthError(
+            Reason.INVALID_TARGET, "authsvc itself stands alone", metadata={"resource": issuer}
+        )
+    kept = frozenset(scope for scope in scopes if catalog.owner_of_scope[scope] in audiences)
+    if explicit and kept != scopes:
+        raise AuthError(Reason.INVALID_TARGET, "a scope belongs to another resource")
+    found = [_known(audience, owners, catalog) for audience in audiences]
+    return Target(audiences, kept, min(resource.token_lifetime_s for resource in found))
+
+
+def _known(audience: str, owners: set[str], catalog: Catalog) -> Resource:
+    """The resource, if the client has a scope there: others' existence is not told."""
+    resource = catalog.by_id.get(audience)
+    if resource is None or audience not in owners:
+        raise AuthError(Reason.INVALID_TARGET, metadata={"resource": audience})
+    if resource.token_format is not TokenFormat.JWT:
+        raise not_implemented(f"token_format {resource.token_format.name}")
+    return resource
