@@ -1,0 +1,1 @@
+"""The HTTP edge: metrics and probes; the OAuth endpoints will live here."""

@@ -1,0 +1,180 @@
+"""AuthService: decode, call the verb, encode."""
+
+from collections.abc import AsyncIterator
+
+from google.protobuf.duration_pb2 import Duration
+
+from authsvc.authenticate import Authenticate, Credentials
+from authsvc.errors import AuthError, Reason
+from authsvc.feed.watch import WatchChanges
+from authsvc.issue import IssueToken, TokenRequest
+from authsvc.model import SCOPE_ADMIN, GrantType
+from authsvc.register import RegisterClient
+from authsvc.revoke import Revocation, RevokeToken
+from authsvc.rpc import convert
+from authsvc.rpc.pipeline import Call
+from authsvc.telemetry import Metrics
+from authsvc.validate import ValidateToken
+from authsvc_client.core.reason import Reason as Verdicts
+from authsvc_client.core.state import State
+from authsvc_client.v1 import auth_pb2
+
+KEYS_MAX_AGE_S = 300
+
+
+class AuthServicer:
+    """The hot path. RPCs that are not here answer UNIMPLEMENTED."""
+
+    def __init__(
+        self,
+        *,
+        issue: IssueToken,
+        validate: ValidateToken,
+        revoke: RevokeToken,
+        register: RegisterClient,
+        watch: WatchChanges,
+        authenticate: Authenticate,
+        state: State,
+        metrics: Metrics,
+    ) -> None:
+        self._issue = issue
+        self._validate = validate
+        self._revoke = revoke
+        self._register = register
+        self._watch = watch
+        self._authenticate = authenticate
+        self._state = state
+        self._judged = {reason: metrics.verdicts.labels(reason.name).inc for reason in Verdicts}
+
+    async def IssueToken(
+        self, request: auth_pb2.IssueTokenRequest, call: Call
+    ) -> auth_pb2.IssueTokenResponse:
+        """Grants other than client_credentials, and DPoP, are not built yet."""
+        grant = request.WhichOneof("grant")
+        if grant is None:
+            raise AuthError(Reason.GRANT_MISSING)
+        convert.require_absent(request, "dpop_proof")
+        asked = TokenRequest(
+            GrantType[grant.upper()],
+            _credentials(request.client_id, request.client_credential, call),
+            tuple(request.scopes),
+            tuple(request.resources),
+        )
+        answer = await self._issue(asked, call.peer)
+        return auth_pb2.IssueTokenResponse(token=convert.issued_pb(answer))
+
+    async def ValidateToken(
+        self, request: auth_pb2.ValidateTokenRequest, call: Call
+    ) -> auth_pb2.ValidateTokenResponse:
+        """Warm: no database, no signature check."""
+        question = convert.question(request, call.caller.audiences)
+        verdict = await self._validate(request.token, question)
+        self._judged[verdict.reason]()
+        return convert.verdict_pb(verdict, request.view)
+
+    async def RevokeToken(
+        self, request: auth_pb2.RevokeTokenRequest, call: Call
+    ) -> auth_pb2.RevokeTokenResponse:
+        """By the token, its client; by `jti`, administrators."""
+        target = request.WhichOneof("target")
+        if target is None:
+            raise AuthError(Reason.FIELD_INVALID, "token or jti is required")
+        dry = request.validate_only
+        if target == "jti":
+            await call.require_caller(SCOPE_ADMIN)
+            return _revoked(await self._revoke.by_jti(request.jti, dry=dry))
+        client_id = await self._revoking_client(request, call)
+        return _revoked(await self._revoke.by_token(request.token, client_id, dry=dry))
+
+    async def _revoking_client(self, request: auth_pb2.RevokeTokenRequest, call: Call) -> str:
+        """The client that asks: by its credential, or the one that its certificate names.
+
+        One that is not let in may still revoke what it holds (RFC 7009 section 2.1).
+        """
+        if request.client_id:
+            offered = _credentials(request.client_id, request.client_credential, call)
+            return (await self._authenticate(offered, call.peer, call.now)).client_id
+        if request.HasField("client_credential"):
+            raise AuthError(Reason.FIELD_INVALID, "client_credential needs client_id")
+        caller = await call.require_caller()
+        return caller.client_id
+
+    async def RegisterClient(
+        self, request: auth_pb2.RegisterClientRequest, call: Call
+    ) -> auth_pb2.RegisterClientResponse:
+        """`request_id` and initial access tokens are not built yet."""
+        convert.require_absent(request, "request_id", "initial_access_token")
+        found = await self._register(
+            convert.registration(request.metadata),
+            await call.find_caller(),
+            call.peer,
+            call.now,
+            dry=request.validate_only,
+        )
+        return auth_pb2.RegisterClientResponse(
+            client=convert.client_pb(found.client), client_secret=found.secret
+        )
+
+    async def WatchChanges(
+        self, request: auth_pb2.WatchChangesRequest, _call: Call
+    ) -> AsyncIterator[auth_pb2.WatchChangesResponse]:
+        """Snapshot, deltas, heartbeats."""
+        async for event in self._watch(request.resume_revision):
+            markers = [convert.marker_pb(marker) for marker in event.markers]
+            keys = [auth_pb2.Jwk(**jwk) for jwk in event.keys]
+            staleness = [
+                auth_pb2.ResourceStaleness(
+                    resource_id=audience, staleness_max=Duration(seconds=int(seconds))
+                )
+                for audience, seconds in sorted(event.staleness.items())
+            ]
+            if event.snapshot:
+                chunk = auth_pb2.SnapshotChunk(
+                    revision=event.revision,
+                    markers=markers,
+                    keys=keys,
+                    staleness=staleness,
+                    last=event.last,
+                )
+                yield auth_pb2.WatchChangesResponse(snapshot=chunk)
+                continue
+            if markers or keys or staleness:
+                delta = auth_pb2.Delta(
+                    revision=event.revision, markers=markers, keys=keys, staleness=staleness
+                )
+                yield auth_pb2.WatchChangesResponse(delta=delta)
+            age = Duration()
+            age.FromMilliseconds(int(event.age_s * 1000))
+            yield auth_pb2.WatchChangesResponse(
+                heartbeat=auth_pb2.Heartbeat(
+                    revision=event.revision,
+                    age=age,
+                    database_time=convert.timestamp(event.time),
+                )
+            )
+
+    async def GetKeys(
+        self, _request: auth_pb2.GetKeysRequest, _call: Call
+    ) -> auth_pb2.GetKeysResponse:
+        """The JWK set."""
+        jwks = [verifier.jwk for verifier in self._state.keys.by_kid.values()]
+        return auth_pb2.GetKeysResponse(
+            keys=[auth_pb2.Jwk(**jwk) for jwk in jwks], max_age=Duration(seconds=KEYS_MAX_AGE_S)
+        )
+
+
+def _credentials(client_id: str, credential: auth_pb2.ClientCredential, call: Call) -> Credentials:
+    return Credentials(
+        client_id,
+        secret=credential.client_secret,
+        assertion=credential.client_assertion,
+        authorization=call.authorization,
+    )
+
+
+def _revoked(done: Revocation) -> auth_pb2.RevokeTokenResponse:
+    kind = auth_pb2.MARKER_KIND_TOKEN_DEAD
+    return auth_pb2.RevokeTokenResponse(
+        revision=done.revision,
+        revoked=[auth_pb2.RevokedObject(kind=kind, id=jti) for jti in done.jtis],
+    )

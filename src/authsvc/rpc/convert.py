@@ -1,0 +1,257 @@
+"""Between the wire's messages and the model's values; dull, and complete."""
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from authsvc.errors import AuthError, Reason, not_implemented
+from authsvc.issue import TokenAnswer
+from authsvc.model import (
+    AuthMethod,
+    Client,
+    GrantType,
+    IdentityKind,
+    Resource,
+    TokenFormat,
+)
+from authsvc.register import Registration
+from authsvc_client.core.claims import Claims
+from authsvc_client.core.judge import Question, Verdict
+from authsvc_client.core.markers import Marker
+from authsvc_client.v1 import auth_pb2, clients_pb2, error_reason_pb2, resources_pb2
+
+TEXTS = (
+    "client_uri",
+    "logo_uri",
+    "policy_uri",
+    "tos_uri",
+    "software_id",
+    "software_version",
+)
+_IDENTITY_FIELDS = {f"tls_client_auth_{kind.value}": kind for kind in IdentityKind}
+# Fields that a later version will honour: refused, never ignored.
+_METADATA_LATER = ("redirect_uris", "jwks", "jwks_uri", "software_statement")
+
+
+def timestamp(seconds: float | None) -> Timestamp | None:
+    """Seconds since the epoch; None stays unset."""
+    if seconds is None:
+        return None
+    whole = int(seconds)
+    return Timestamp(seconds=whole, nanos=int((seconds - whole) * 1e9))
+
+
+def require_absent(message: object, *fields: str) -> None:
+    """Raises AuthError NOT_IMPLEMENTED where a field is set that this version cannot honour."""
+    for field in fields:
+        if getattr(message, field):
+            raise not_implemented(field)
+
+
+def version_of(etag: str) -> int | None:
+    """The version that an etag names; None takes any. AuthError ETAG_MISMATCH for what is none."""
+    if not etag:
+        return None
+    if not (etag.isascii() and etag.isdigit() and len(etag) < 10):
+        raise AuthError(Reason.ETAG_MISMATCH)
+    return int(etag)
+
+
+def registration(metadata: clients_pb2.ClientMetadata) -> Registration:
+    """Metadata as they came. Raises AuthError NOT_IMPLEMENTED."""
+    require_absent(metadata, *_METADATA_LATER)
+    field = metadata.WhichOneof("tls_client_auth")
+    bound = None
+    if metadata.HasField("tls_client_certificate_bound_access_tokens"):
+        bound = metadata.tls_client_certificate_bound_access_tokens
+    return Registration(
+        client_name=metadata.client_name,
+        grant_types=frozenset(map(GrantType, metadata.grant_types)),
+        auth_methods=frozenset(map(AuthMethod, metadata.token_endpoint_auth_methods)),
+        scopes=frozenset(metadata.scopes),
+        identity_kind=_IDENTITY_FIELDS[field] if field else None,
+        identity_value=getattr(metadata, field) if field else "",
+        identity_ca=metadata.tls_client_auth_ca,
+        bound_access_tokens=bound,
+        validates=frozenset(metadata.validates),
+        texts={name: getattr(metadata, name) for name in TEXTS if getattr(metadata, name)},
+        contacts=tuple(metadata.contacts),
+    )
+
+
+def client_pb(client: Client) -> clients_pb2.Client:
+    """A client, never its secret."""
+    metadata = client.metadata
+    identity = metadata.identity
+    names = {f"tls_client_auth_{identity.kind.value}": identity.value} if identity else {}
+    return clients_pb2.Client(
+        client_id=client.client_id,
+        metadata=clients_pb2.ClientMetadata(
+            client_name=metadata.client_name,
+            grant_types=[
+                clients_pb2.GrantType.ValueType(grant) for grant in sorted(metadata.grant_types)
+            ],
+            token_endpoint_auth_methods=[
+                clients_pb2.ClientAuthMethod.ValueType(method)
+                for method in sorted(metadata.auth_methods)
+            ],
+            scopes=sorted(metadata.scopes),
+            tls_client_auth_ca=identity.ca if identity else "",
+            tls_client_certificate_bound_access_tokens=metadata.bound_access_tokens,
+            validates=sorted(metadata.validates),
+            contacts=metadata.contacts,
+            **names,
+            **metadata.texts,
+        ),
+        state=clients_pb2.ClientState.ValueType(client.state),
+        reviewer=client.reviewer,
+        review_comment=client.review_comment,
+        review_time=timestamp(client.review_time),
+        approval_expire_time=timestamp(client.approval_expire_time),
+        etag=str(client.version),
+        create_time=timestamp(client.create_time),
+        update_time=timestamp(client.update_time),
+        registrant=client.registrant,
+    )
+
+
+def resource(message: resources_pb2.Resource) -> Resource:
+    """A resource to create, defaults filled in. Raises AuthError NOT_IMPLEMENTED."""
+    require_absent(message, "encryption_jwk", "freeze_permissions")
+    names = [scope.name for scope in message.scopes]
+    if len(set(names)) != len(names):
+        raise AuthError(Reason.FIELD_INVALID, "resource.scopes has an item twice")
+    bounded = message.HasField("staleness_max")
+    lifetime = message.token_lifetime.seconds if message.HasField("token_lifetime") else 300
+    return Resource(
+        resource_id=message.resource_id,
+        scopes={scope.name: scope.description for scope in message.scopes},
+        create_time=0.0,
+        update_time=0.0,
+        display_name=message.display_name,
+        owner_client_id=message.owner_client_id,
+        token_format=TokenFormat(message.token_format or TokenFormat.JWT),
+        token_lifetime_s=lifetime,
+        staleness_max_s=message.staleness_max.seconds if bounded else None,
+    )
+
+
+def resource_pb(found: Resource) -> resources_pb2.Resource:
+    """A resource."""
+    bound = found.staleness_max_s
+    return resources_pb2.Resource(
+        resource_id=found.resource_id,
+        display_name=found.display_name,
+        owner_client_id=found.owner_client_id,
+        scopes=[
+            resources_pb2.Scope(name=name, description=text)
+            for name, text in sorted(found.scopes.items())
+        ],
+        token_format=resources_pb2.TokenFormat.ValueType(found.token_format),
+        token_lifetime=Duration(seconds=found.token_lifetime_s),
+        staleness_max=Duration(seconds=bound) if bound is not None else None,
+        etag=str(found.version),
+        create_time=timestamp(found.create_time),
+        update_time=timestamp(found.update_time),
+    )
+
+
+def issued_pb(answer: TokenAnswer) -> auth_pb2.IssuedToken:
+    """A token that was issued."""
+    return auth_pb2.IssuedToken(
+        access_token=answer.access_token,
+        token_type="Bearer",  # noqa: S106 - RFC 6750
+        expire_time=Timestamp(seconds=answer.expires),
+        expires_in=Duration(seconds=answer.lifetime_s),
+        scopes=answer.scopes,
+        audiences=answer.audiences,
+        jti=answer.jti,
+    )
+
+
+def question(request: auth_pb2.ValidateTokenRequest, audiences: frozenset[str]) -> Question:
+    """What a token is asked. Raises AuthError NOT_IMPLEMENTED for what is not judged yet."""
+    require_absent(request, "required_permissions", "acr_values")
+    if request.HasField("max_age"):
+        raise not_implemented("max_age")
+    if request.view == auth_pb2.TOKEN_VIEW_FULL:
+        raise not_implemented("view FULL")
+    if request.HasField("consistency"):
+        level = request.consistency.WhichOneof("level")
+        if level not in (None, "bounded"):
+            raise not_implemented(f"consistency {level}")
+    thumbprint = ""
+    if request.HasField("presenter"):
+        if request.presenter.HasField("dpop"):
+            raise not_implemented("presenter dpop")
+        thumbprint = request.presenter.certificate_thumbprint
+    return Question(
+        audiences,
+        request.audience,
+        frozenset(request.required_scopes),
+        thumbprint,
+        request.require_bound,
+    )
+
+
+def verdict_pb(
+    verdict: Verdict, view: auth_pb2.TokenView.ValueType
+) -> auth_pb2.ValidateTokenResponse:
+    """A verdict; one that the asker may not see says that it is not active, and nothing else."""
+    if not verdict.visible:
+        return auth_pb2.ValidateTokenResponse()
+    answer = auth_pb2.ValidateTokenResponse(
+        active=verdict.active,
+        reason=error_reason_pb2.ErrorReason.ValueType(verdict.reason),
+        revision=verdict.revision,
+        check_time=timestamp(verdict.check_time),
+        reusable_until=timestamp(verdict.reusable_until),
+    )
+    if verdict.missing_scopes:
+        answer.missing_scopes.extend(sorted(verdict.missing_scopes))
+    verified = verdict.verified
+    if verdict.active and verified is not None and view == auth_pb2.TOKEN_VIEW_CLAIMS:
+        if verified.encoded is None:
+            verified.encoded = claims_pb(verified.claims)
+        answer.claims.CopyFrom(verified.encoded)
+    return answer
+
+
+def claims_pb(claims: Claims) -> auth_pb2.TokenClaims:
+    """Claims of a token."""
+    return auth_pb2.TokenClaims(
+        issuer=claims.issuer,
+        subject=claims.subject,
+        audiences=claims.audiences,
+        expire_time=timestamp(claims.expires),
+        issue_time=timestamp(claims.issued),
+        jti=claims.jti,
+        client_id=claims.client_id,
+        scopes=sorted(claims.scopes),
+        revision=claims.revision,
+        grant_id=claims.grant_id,
+        session_id=claims.session_id,
+        certificate_thumbprint=claims.certificate_thumbprint,
+        jwk_thumbprint=claims.jwk_thumbprint,
+        auth_time=timestamp(claims.auth_time),
+        acr=claims.acr,
+        amr=claims.amr,
+        actor=_actor_pb(claims.actors),
+        root_jti=claims.root_jti,
+    )
+
+
+def _actor_pb(actors: tuple[str, ...]) -> auth_pb2.Actor | None:
+    outermost: auth_pb2.Actor | None = None
+    for subject in reversed(actors):
+        outermost = auth_pb2.Actor(subject=subject, actor=outermost)
+    return outermost
+
+
+def marker_pb(marker: Marker) -> auth_pb2.Marker:
+    """One change of the feed."""
+    return auth_pb2.Marker(
+        kind=auth_pb2.MarkerKind.ValueType(marker.kind),
+        key=marker.key,
+        revision=marker.revision,
+        until=timestamp(marker.until),
+    )

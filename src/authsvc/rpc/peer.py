@@ -1,0 +1,341 @@
+"""Who is on the connection: from gRPC's certificates to `model.Peer` (RFC 8705, X509-SVID)."""
+
+import hashlib
+from base64 import urlsafe_b64encode
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from types import MappingProxyType
+from typing import Final, TypeAlias, TypeVar
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID
+from cryptography.x509.verification import (
+    Criticality,
+    ExtensionPolicy,
+    PolicyBuilder,
+    Store,
+    VerificationError,
+)
+
+from authsvc.errors import AuthError, Reason
+from authsvc.model import Peer, Validity
+from authsvc.oauth import spiffe
+
+PEERS_ENTRIES_MAX: Final = 4096
+PEERS_BYTES_MAX: Final = 16 * 1024 * 1024
+"""Of the PEM that the cache is keyed by; what is made of it is of the same order."""
+PRESENTED_BYTES_MAX: Final = 64 * 1024
+PRESENTED_CERTIFICATES_MAX: Final = 4
+"""Beside the leaf. Bounds the search for paths, which a caller could make long."""
+AUTHORITIES_MAX: Final = 64
+
+Authorities: TypeAlias = tuple[x509.Certificate, ...]
+"""The client CAs of a listener; another set is another object."""
+AuthContext: TypeAlias = Mapping[str, Iterable[bytes]]
+"""As grpc.aio's `context.auth_context()` gives it."""
+
+_Extension = TypeVar("_Extension", bound=x509.ExtensionType)
+
+
+def spki_sha256(certificate: x509.Certificate) -> str:
+    """The pin of a CA: lower-case hex SHA-256 of its SubjectPublicKeyInfo (RFC 7469 section 2.4).
+
+    The same as `openssl x509 -pubkey -noout | openssl pkey -pubin -outform DER | sha256sum`.
+    """
+    key = certificate.public_key().public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return hashlib.sha256(key).hexdigest()
+
+
+def x5t_s256(certificate: x509.Certificate) -> str:
+    """The thumbprint `x5t#S256` (RFC 8705 section 3.1)."""
+    return urlsafe_b64encode(certificate.fingerprint(hashes.SHA256())).rstrip(b"=").decode()
+
+
+def certificate_validity(certificate: x509.Certificate) -> Validity:
+    """When a certificate itself is valid (RFC 5280 section 4.1.2.5)."""
+    return Validity(
+        certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp()
+    )
+
+
+def read_certificates(pem: bytes) -> tuple[x509.Certificate, ...]:
+    """All certificates of a PEM text; ValueError where one of them cannot be read."""
+    certificates = tuple(x509.load_pem_x509_certificates(pem))
+    # A file caught while it is written ends in a block that the reader passes over.
+    if len(certificates) != pem.count(b"-----BEGIN"):
+        raise ValueError("not only whole certificates in PEM")
+    return certificates
+
+
+def read_authorities(pem: bytes) -> Authorities:
+    """The client CAs of a PEM text; ValueError unless each can issue (RFC 5280 section 4.2.1)."""
+    authorities = read_certificates(pem)
+    if len(authorities) > AUTHORITIES_MAX:
+        raise ValueError(f"more than {AUTHORITIES_MAX} CAs")
+    for certificate in authorities:
+        try:
+            _check_authority(certificate)
+        except ValueError as error:
+            raise ValueError(f"{certificate.subject.rfc4514_string()!r}: {error}") from error
+    return authorities
+
+
+def check_pair(certificate_pem: bytes, key_pem: bytes) -> None:
+    """ValueError unless the key is the one of the first certificate, and of a usable kind."""
+    certificate = read_certificates(certificate_pem)[0]
+    try:
+        key = serialization.load_pem_private_key(key_pem, password=None)
+    except TypeError as error:
+        raise ValueError("the private key is encrypted") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
+        raise ValueError("the private key is neither EC nor RSA")
+    if key.public_key() != certificate.public_key():
+        raise ValueError("the private key is not the one of the certificate")
+
+
+class Peers:
+    """The peer of a call, judged against the listener's client CAs as they are now.
+
+    What a certificate says and which CAs issued it is remembered by its bytes; whether it is valid
+    is asked on every call, since a connection outlives a certificate.
+    """
+
+    def __init__(
+        self,
+        authorities: Callable[[], Authorities],
+        *,
+        entries_max: int = PEERS_ENTRIES_MAX,
+        bytes_max: int = PEERS_BYTES_MAX,
+    ) -> None:
+        self._authorities = authorities
+        self._entries_max = entries_max
+        self._bytes_max = bytes_max
+        self._trust(authorities())
+
+    def __call__(self, auth_context: AuthContext, now: float) -> Peer:
+        """The peer of a connection, at `now` in seconds since the epoch (RFC 8705 section 2.1).
+
+        Raises PEER_CERTIFICATE_MISSING, PEER_CERTIFICATE_INVALID or PEER_CERTIFICATE_EXPIRED.
+        """
+        authorities = self._authorities()
+        if authorities is not self._trusted:
+            self._trust(authorities)
+        # The chain comes without the leaf: leaves of one intermediate have the same.
+        key = (_property(auth_context, "x509_pem_cert"), _property(auth_context, _CHAIN))
+        known = self._known.get(key)
+        if known is None:
+            known = self._remember(key, now)
+        else:
+            self._known.move_to_end(key)
+        if isinstance(known, str):
+            raise AuthError(Reason.PEER_CERTIFICATE_INVALID, cause=known)
+        for path in known.paths.values():  # each lies within the validity of the leaf
+            if path.covers(now):
+                return known
+        raise AuthError(Reason.PEER_CERTIFICATE_EXPIRED)
+
+    def _trust(self, authorities: Authorities) -> None:
+        by_key: dict[str, list[x509.Certificate]] = {}
+        for certificate in authorities:
+            by_key.setdefault(spki_sha256(certificate), []).append(certificate)
+        self._trusted = authorities
+        self._anchors = [_Anchor(ca, certificates) for ca, certificates in by_key.items()]
+        self._known: OrderedDict[tuple[bytes, bytes], Peer | str] = OrderedDict()
+        self._bytes = 0
+
+    def _remember(self, key: tuple[bytes, bytes], now: float) -> Peer | str:
+        """Judge and keep; a refusal is kept too, as text, or it would cost a search per call."""
+        if not key[0]:
+            raise AuthError(Reason.PEER_CERTIFICATE_MISSING)
+        if _size(key) > PRESENTED_BYTES_MAX:
+            raise AuthError(Reason.PEER_CERTIFICATE_INVALID, cause="too many bytes presented")
+        known: Peer | str
+        try:
+            known = _judge(*key, self._anchors, now)
+        except Exception as error:  # whatever a hostile certificate does to the parser
+            known = f"{type(error).__name__}: {error}"
+        self._known[key] = known
+        self._bytes += _size(key)
+        while len(self._known) > self._entries_max or self._bytes > self._bytes_max:
+            self._bytes -= _size(self._known.popitem(last=False)[0])
+        return known
+
+
+class _Anchor:
+    """One CA key of the listener, and the paths that lead to it and to no other."""
+
+    def __init__(self, ca: str, certificates: list[x509.Certificate]) -> None:
+        self.ca = ca
+        self._certificates = certificates
+        self._policy = (
+            PolicyBuilder()
+            .store(Store(certificates))
+            .max_chain_depth(PRESENTED_CERTIFICATES_MAX)
+            .extension_policies(
+                ca_policy=ExtensionPolicy.webpki_defaults_ca(), ee_policy=_leaf_policy()
+            )
+        )
+
+    def path(self, leaf: x509.Certificate, others: list[x509.Certificate], now: float) -> Validity:
+        """When the best path from the leaf is valid; VerificationError where there is none."""
+        paths, failures = [], []
+        for instant in self._instants(leaf, others, now):
+            try:
+                paths.append(self._path_at(instant, leaf, others))
+            except VerificationError as failure:
+                failures.append(failure)
+        if not paths:
+            raise failures[0]
+        return max(paths, key=lambda path: (path.covers(now), path.not_after))
+
+    def _instants(
+        self, leaf: x509.Certificate, others: list[x509.Certificate], now: float
+    ) -> list[int]:
+        """Times in the life of the leaf that miss no path: each path begins at one of them.
+
+        `now` comes first. An expired path is found as well, so that it can be remembered.
+        """
+        life = certificate_validity(leaf)
+        starts = [certificate_validity(c).not_before for c in (*others, *self._certificates)]
+        times = (min(max(time, life.not_before), life.not_after) for time in (now, *starts))
+        return list(dict.fromkeys(int(time) for time in times))
+
+    def _path_at(
+        self, instant: int, leaf: x509.Certificate, others: list[x509.Certificate]
+    ) -> Validity:
+        policy = self._policy.time(datetime.fromtimestamp(instant, UTC))
+        chain = policy.build_client_verifier().verify(leaf, others).chain
+        if any(_constrains_directory_names(certificate) for certificate in chain):
+            raise VerificationError("a name constraint on directory names, which none applies here")
+        spans = [certificate_validity(certificate) for certificate in chain]
+        return Validity(max(s.not_before for s in spans), min(s.not_after for s in spans))
+
+
+_CHAIN: Final = "x509_pem_cert_chain"
+
+
+def _property(auth_context: AuthContext, name: str) -> bytes:
+    values = tuple(auth_context.get(name, ()))
+    if len(values) > 1:
+        raise AuthError(Reason.PEER_CERTIFICATE_INVALID, cause=f"more than one {name}")
+    return values[0] if values else b""
+
+
+def _size(key: tuple[bytes, bytes]) -> int:
+    return len(key[0]) + len(key[1])
+
+
+def _judge(leaf_pem: bytes, chain_pem: bytes, anchors: list[_Anchor], now: float) -> Peer:
+    leaf = x509.load_pem_x509_certificate(leaf_pem)
+    others = read_certificates(chain_pem) if chain_pem else ()
+    if len(others) > PRESENTED_CERTIFICATES_MAX:
+        raise ValueError("too many certificates presented")
+    _check_usage(leaf)
+    spiffe_id, dns_names = _names(leaf)
+    return Peer(
+        thumbprint=x5t_s256(leaf),
+        spiffe_id=spiffe_id,
+        dns_names=dns_names,
+        subject_dn=leaf.subject.rfc4514_string(),
+        validity=certificate_validity(leaf),
+        paths=_paths(leaf, [c for c in dict.fromkeys(others) if c != leaf], anchors, now),
+    )
+
+
+def _paths(
+    leaf: x509.Certificate, others: list[x509.Certificate], anchors: list[_Anchor], now: float
+) -> Mapping[str, Validity]:
+    paths, failures = {}, []
+    for anchor in anchors:
+        try:
+            paths[anchor.ca] = anchor.path(leaf, others, now)
+        except VerificationError as failure:
+            failures.append(str(failure))
+    if not paths:
+        raise ValueError(f"no path to a client CA of the listener: {'; '.join(failures)}")
+    return MappingProxyType(paths)
+
+
+def _check_usage(leaf: x509.Certificate) -> None:
+    """A leaf that may authenticate a client and sign nothing (X509-SVID section 4)."""
+    constraints = _extension(leaf, x509.BasicConstraints)
+    if constraints is not None and constraints.ca:
+        raise ValueError("a CA certificate")
+    usage = _extension(leaf, x509.KeyUsage)
+    if usage is not None and (usage.key_cert_sign or usage.crl_sign):
+        raise ValueError("keyUsage lets it sign certificates or CRLs")
+    if usage is not None and not usage.digital_signature:
+        raise ValueError("keyUsage lacks digitalSignature")
+    extended = _extension(leaf, x509.ExtendedKeyUsage)
+    # Neither an absent extension nor anyExtendedKeyUsage says that clients were meant.
+    if extended is None or ExtendedKeyUsageOID.CLIENT_AUTH not in extended:
+        raise ValueError("extendedKeyUsage lacks clientAuth")
+
+
+def _names(leaf: x509.Certificate) -> tuple[str, frozenset[str]]:
+    """The SPIFFE ID and the DNS names (X509-SVID section 2, RFC 8705 section 2.1.2).
+
+    A URI of another scheme names nobody here, and leaves the other names usable. One that claims
+    to be a SPIFFE ID must be one, in a certificate with keyUsage.
+    """
+    names = _extension(leaf, x509.SubjectAlternativeName)
+    if names is None:
+        return "", frozenset()
+    uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+    if len(uris) > 1:
+        raise ValueError("more than one URI")
+    dns_names = frozenset(name.lower() for name in names.get_values_for_type(x509.DNSName))
+    if not uris or not uris[0].lower().startswith("spiffe:"):
+        return "", dns_names
+    if _extension(leaf, x509.KeyUsage) is None:
+        raise ValueError("a SPIFFE ID without keyUsage")
+    return str(spiffe.parse_workload(uris[0])), dns_names
+
+
+def _leaf_policy() -> ExtensionPolicy:
+    """What the verifier asks of a leaf; `_check_usage` has asked for more already.
+
+    Clients by subject have no SAN, companies' CAs leave out the key identifier, and RFC 5280 lets
+    extendedKeyUsage be critical.
+    """
+    return (
+        ExtensionPolicy.webpki_defaults_ee()
+        .may_be_present(x509.SubjectAlternativeName, Criticality.AGNOSTIC, None)
+        .may_be_present(x509.AuthorityKeyIdentifier, Criticality.NON_CRITICAL, None)
+        .may_be_present(x509.ExtendedKeyUsage, Criticality.AGNOSTIC, None)
+    )
+
+
+def _check_authority(certificate: x509.Certificate) -> None:
+    try:
+        constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints)
+    except x509.ExtensionNotFound as error:
+        raise ValueError("not a CA certificate: no basicConstraints") from error
+    if not (constraints.value.ca and constraints.critical):
+        raise ValueError("not a CA certificate: basicConstraints without CA, or not critical")
+    usage = _extension(certificate, x509.KeyUsage)
+    if usage is None or not usage.key_cert_sign:
+        raise ValueError("not a CA certificate: keyUsage lacks keyCertSign")
+    if not isinstance(certificate.public_key(), ec.EllipticCurvePublicKey | rsa.RSAPublicKey):
+        raise ValueError("its key is neither EC nor RSA")
+
+
+def _constrains_directory_names(certificate: x509.Certificate) -> bool:
+    """Whether it limits subjects, which the verifier does not apply (RFC 5280 section 4.2.1.10)."""
+    constraints = _extension(certificate, x509.NameConstraints)
+    if constraints is None:
+        return False
+    names = (*(constraints.permitted_subtrees or ()), *(constraints.excluded_subtrees or ()))
+    return any(isinstance(name, x509.DirectoryName) for name in names)
+
+
+def _extension(certificate: x509.Certificate, kind: type[_Extension]) -> _Extension | None:
+    try:
+        return certificate.extensions.get_extension_for_class(kind).value
+    except x509.ExtensionNotFound:
+        return None

@@ -1,0 +1,134 @@
+"""Who calls authsvc's own methods, and what the option `(authsvc.v1.require)` asks of them."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from google.protobuf.descriptor import MethodDescriptor
+
+from authsvc.clock import Clock
+from authsvc.errors import AuthError, Reason
+from authsvc.model import (
+    ANY_AUDIENCE,
+    OWN_SCOPES,
+    Caller,
+    Catalog,
+    CertificateIdentity,
+    Client,
+    IdentityKind,
+    Peer,
+)
+from authsvc.oauth.policy import require_let_in
+from authsvc.store.cached import CachedClients
+from authsvc_client.core.cache import BytesCache
+from authsvc_client.core.judge import Judge, Question
+from authsvc_client.v1.annotations_pb2 import require
+
+BEARER = "bearer "
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a method asks of its caller."""
+
+    public: bool
+    scopes: frozenset[str]
+
+
+def rule_of(method: MethodDescriptor) -> Rule:
+    """The rule of a method; ValueError where it has none, or one that is not enforced here."""
+    options = method.GetOptions()
+    if not options.HasExtension(require):
+        raise ValueError(f"{method.full_name}: no option (authsvc.v1.require)")
+    rule = options.Extensions[require]
+    names = {field.name for field, _ in rule.ListFields()}
+    if names not in ({"public"}, {"scopes"}):
+        raise ValueError(f"{method.full_name}: cannot enforce {sorted(names)}")
+    return Rule(rule.public, frozenset(rule.scopes))
+
+
+class Policy:
+    """Finds the caller: an administrator of the settings, an approved client, or a bearer token."""
+
+    def __init__(
+        self,
+        issuer: str,
+        admins: frozenset[str],
+        admin_ca: Callable[[], str | None],
+        clients: CachedClients,
+        catalog: Callable[[], Awaitable[Catalog]],
+        judge: Judge,
+        clock: Clock,
+    ) -> None:
+        """`admins` are SPIFFE IDs; `admin_ca` answers the CA that must have issued them, if any."""
+        self._admins = admins
+        self._admin_ca = admin_ca
+        self._clients = clients
+        self._catalog = catalog
+        self._judge = judge
+        self._clock = clock
+        self._question = Question(frozenset({issuer}), issuer)
+        self._callers: BytesCache[str, tuple[Peer, Client, Catalog, Caller]] = BytesCache(2**23)
+
+    async def __call__(self, rule: Rule, peer: Peer, authorization: str, now: float) -> Caller:
+        """The caller, who may. Raises AuthError CALLER_UNKNOWN, CALLER_TOKEN_INVALID,
+        INSUFFICIENT_SCOPE, or the reason for which the client is not let in.
+        """
+        caller = await self.find(peer, authorization, now)
+        if caller is None:
+            raise AuthError(Reason.CALLER_UNKNOWN)
+        missing = rule.scopes - caller.scopes
+        if missing:
+            raise AuthError(
+                Reason.INSUFFICIENT_SCOPE, metadata={"scope": " ".join(sorted(missing))}
+            )
+        return caller
+
+    async def find(self, peer: Peer, authorization: str, now: float) -> Caller | None:
+        """The caller, or None for a peer that is nobody yet."""
+        if authorization:
+            return await self._by_token(peer, authorization)
+        if peer.spiffe_id in self._admins and self._is_admin(peer, now):
+            return Caller(
+                peer.spiffe_id, "", frozenset(OWN_SCOPES), frozenset({ANY_AUDIENCE}), peer
+            )
+        client = await self._clients.by_peer(peer, now)
+        if client is None:
+            return None
+        require_let_in(client, now)
+        return await self._as_client(client, peer)
+
+    def _is_admin(self, peer: Peer, now: float) -> bool:
+        ca = self._admin_ca()
+        if ca is None:
+            return False
+        return CertificateIdentity(IdentityKind.SAN_URI, peer.spiffe_id, ca).matches(peer, now)
+
+    async def _as_client(self, client: Client, peer: Peer) -> Caller:
+        catalog = await self._catalog()
+        held = self._callers.get(peer.thumbprint)
+        if held is not None and held[0] is peer and held[1] is client and held[2] is catalog:
+            return held[3]
+        audiences = client.metadata.validates | catalog.owned_by(client.client_id)
+        caller = Caller(client.client_id, client.client_id, client.metadata.scopes, audiences, peer)
+        self._callers.put(peer.thumbprint, (peer, client, catalog, caller), 4096)
+        return caller
+
+    async def _by_token(self, peer: Peer, authorization: str) -> Caller:
+        """A bearer token for authsvc itself, bound or not; its client must still be let in."""
+        if authorization[: len(BEARER)].lower() != BEARER:
+            raise AuthError(Reason.CALLER_TOKEN_INVALID, metadata={"verdict": "TOKEN_MALFORMED"})
+        boot = self._clock.boot()
+        question = Question(
+            self._question.audiences, self._question.audience, thumbprint=peer.thumbprint
+        )
+        verdict = self._judge(authorization[len(BEARER) :].strip(), question, boot)
+        claims = verdict.claims
+        if not verdict.active or claims is None:
+            raise AuthError(Reason.CALLER_TOKEN_INVALID, metadata={"verdict": verdict.reason.name})
+        client = await self._clients.get(claims.client_id)
+        if client is None:
+            raise AuthError(Reason.CALLER_UNKNOWN)
+        require_let_in(client, self._judge.state.now(boot))
+        catalog = await self._catalog()
+        audiences = client.metadata.validates | catalog.owned_by(client.client_id)
+        return Caller(claims.subject, client.client_id, claims.scopes, audiences, peer)

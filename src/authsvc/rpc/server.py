@@ -1,0 +1,148 @@
+"""The gRPC listeners: mTLS for everybody, and a plain one that answers health alone."""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+import grpc
+import structlog
+from google.protobuf.descriptor import FileDescriptor
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from authsvc.clock import Clock
+from authsvc.rpc.limits import MESSAGE_BYTES_MAX, METADATA_BYTES_MAX
+from authsvc.rpc.pipeline import Pipeline
+from authsvc_client.core.state import State
+from authsvc_client.v1 import (
+    audit_pb2,
+    auth_pb2,
+    clients_pb2,
+    explain_pb2,
+    keys_pb2,
+    resources_pb2,
+    revocations_pb2,
+    roles_pb2,
+    sessions_pb2,
+    users_pb2,
+)
+
+FILES: tuple[FileDescriptor, ...] = tuple(
+    module.DESCRIPTOR
+    for module in (
+        auth_pb2,
+        clients_pb2,
+        resources_pb2,
+        users_pb2,
+        roles_pb2,
+        sessions_pb2,
+        revocations_pb2,
+        keys_pb2,
+        audit_pb2,
+        explain_pb2,
+    )
+)
+SERVICES = tuple(service for file in FILES for service in file.services_by_name.values())
+SERVING, NOT_SERVING = (
+    health_pb2.HealthCheckResponse.SERVING,
+    health_pb2.HealthCheckResponse.NOT_SERVING,
+)
+CONNECTION_AGE_MS = 30 * 60 * 1000
+CONNECTION_AGE_GRACE_MS = 60 * 1000
+HEALTH_INTERVAL_S = 0.5
+
+log = structlog.get_logger()
+
+_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_metadata_size", METADATA_BYTES_MAX),
+    ("grpc.absolute_max_metadata_size", METADATA_BYTES_MAX),
+    ("grpc.max_concurrent_streams", 1000),
+    ("grpc.max_connection_age_ms", CONNECTION_AGE_MS),
+    ("grpc.max_connection_age_grace_ms", CONNECTION_AGE_GRACE_MS),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.so_reuseport", 0),
+)
+
+
+class _Handlers(grpc.GenericRpcHandler):
+    """All methods in one table: one look-up a call, however many services there are."""
+
+    def __init__(self, handlers: "Mapping[str, grpc.RpcMethodHandler[Any, Any]]") -> None:
+        self._handlers = handlers
+
+    def service(
+        self, handler_call_details: grpc.HandlerCallDetails
+    ) -> "grpc.RpcMethodHandler[Any, Any] | None":
+        return self._handlers.get(handler_call_details.method)
+
+
+class RpcServer:
+    """Both listeners, their health, and their end."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        servicers: Mapping[str, object],
+        state: State,
+        clock: Clock,
+        *,
+        reflect: bool,
+    ) -> None:
+        """`servicers` by the name of their service; ValueError where a method has no rule."""
+        handlers = {
+            f"/{service.full_name}/{method.name}": pipeline.handler(
+                method, servicers.get(service.name)
+            )
+            for service in SERVICES
+            for method in service.methods
+        }
+        self._state = state
+        self._clock = clock
+        self._health = health.aio.HealthServicer()
+        self._main = grpc.aio.server(options=_OPTIONS)
+        self._main.add_generic_rpc_handlers((_Handlers(handlers),))
+        self._plain = grpc.aio.server(options=_OPTIONS)
+        for server in (self._main, self._plain):
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if reflect:
+            names = (*(service.full_name for service in SERVICES), health.SERVICE_NAME)
+            reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self._main)
+
+    async def start(
+        self, credentials: grpc.ServerCredentials, address: str, health_address: str
+    ) -> tuple[int, int]:
+        """Listens, and answers both ports. Raises RuntimeError where an address is taken."""
+        port = self._main.add_secure_port(address, credentials)
+        health_port = self._plain.add_insecure_port(health_address)
+        await self._set_health(self._is_fresh())
+        await self._plain.start()
+        await self._main.start()
+        return port, health_port
+
+    async def watch_health(self) -> None:
+        """Tells the truth about the state until cancelled: stale means NOT_SERVING."""
+        told: bool | None = None
+        while True:
+            fresh = self._is_fresh()
+            if fresh is not told:
+                await self._set_health(fresh)
+                log.info("health.changed", serving=fresh)
+                told = fresh
+            await asyncio.sleep(HEALTH_INTERVAL_S)
+
+    def _is_fresh(self) -> bool:
+        return self._state.age(self._clock.boot()) <= self._state.staleness_max_s
+
+    async def _set_health(self, fresh: bool) -> None:
+        for name in ("", *(service.full_name for service in SERVICES)):
+            await self._health.set(name, SERVING if fresh else NOT_SERVING)
+
+    async def stop(self, grace_s: float) -> None:
+        """NOT_SERVING first; then no new calls, and those under way have `grace_s` to end."""
+        await self._health.enter_graceful_shutdown()
+        await self._main.stop(grace_s)
+        await self._plain.stop(0)
