@@ -1,0 +1,313 @@
+"""The composition root: the only place that knows the concrete classes."""
+
+import asyncio
+import contextlib
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+from sqlalchemy.engine import make_url
+
+from authsvc import pki
+from authsvc.authenticate import Authenticate
+from authsvc.clock import Clock, SystemClock
+from authsvc.config import Settings, parse_seal_keys
+from authsvc.feed.append import Append
+from authsvc.feed.follow import Follow
+from authsvc.feed.watch import WatchChanges
+from authsvc.http.probes import HttpServer, probes
+from authsvc.issue import IssueToken
+from authsvc.keys.ring import KeyRing
+from authsvc.keys.secrets import Sealer, new_seal_key
+from authsvc.register import RegisterClient
+from authsvc.resources import Resources
+from authsvc.review import ReviewClient
+from authsvc.revoke import RevokeToken
+from authsvc.rpc.auth import AuthServicer
+from authsvc.rpc.clients import ClientServicer
+from authsvc.rpc.paging import Pages
+from authsvc.rpc.peer import Peers, spki_sha256
+from authsvc.rpc.pipeline import Pipeline
+from authsvc.rpc.policy import Policy
+from authsvc.rpc.resources import ResourceServicer
+from authsvc.rpc.server import RpcServer
+from authsvc.rpc.tls import ServerTls
+from authsvc.store import sql_store
+from authsvc.store.cached import CachedCatalog, CachedClients
+from authsvc.store.migrate import Schema, standing, upgrade
+from authsvc.store.port import Store
+from authsvc.store.sql import Database
+from authsvc.tasks import Tasks
+from authsvc.telemetry import Metrics
+from authsvc.validate import ValidateToken
+from authsvc_client.core.judge import Judge
+from authsvc_client.core.markers import Marker, MarkerKind
+from authsvc_client.core.state import State
+
+RENEW_BEFORE_S = 30 * 24 * 3600
+"""An own certificate that ends sooner is replaced at start."""
+
+log = structlog.get_logger()
+
+
+class StartError(Exception):
+    """The server cannot start; the text says what to do, and holds no secret."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a server needs beside its settings, found or made in the state directory."""
+
+    sealer: Sealer
+    database_url: str
+    database_id: str
+    embedded: bool
+    """The database is the one in the state directory."""
+    tls: ServerTls
+    admins: frozenset[str]
+    pki: Path | None
+    """Directory of the own PKI, where it is used."""
+
+
+def prepare(settings: Settings, clock: Clock) -> Prepared:
+    """Makes what is missing. Raises StartError."""
+    state_dir = settings.state_dir
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        url = settings.database.url
+        files, admins, directory = _certificates(settings, clock)
+        if settings.seal_keys is not None:
+            keys = parse_seal_keys(settings.seal_keys.get_secret_value())
+        else:
+            keys = parse_seal_keys(kept(state_dir / "seal.key", new_seal_key().hex()))
+        return Prepared(
+            Sealer(keys),
+            url.get_secret_value()
+            if url is not None
+            else f"sqlite+aiosqlite:///{state_dir / 'authsvc.db'}",
+            kept(state_dir / "database.id", new_seal_key()[:16].hex()),
+            url is None,
+            ServerTls(*files),
+            admins,
+            directory,
+        )
+    except (OSError, ValueError) as error:
+        raise StartError(str(error)) from error
+
+
+def kept(path: Path, fresh: str) -> str:
+    """The content of a 0600 file that is made with `fresh` where it is missing, whole or not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    if not path.exists():
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                file.write(fresh)
+                file.flush()
+                os.fsync(file.fileno())
+            with contextlib.suppress(FileExistsError):
+                path.hardlink_to(temporary)  # of processes that start at once one wins
+        finally:
+            temporary.unlink()
+    return path.read_text(encoding="ascii").strip()
+
+
+def _certificates(
+    settings: Settings, clock: Clock
+) -> tuple[tuple[Path, Path, Path], frozenset[str], Path | None]:
+    """Files of the listener, administrators, and the own PKI where the settings name no files."""
+    tls, admins = settings.tls, frozenset(settings.admins)
+    if tls.certificate is not None and tls.key is not None and tls.client_ca is not None:
+        return (tls.certificate, tls.key, tls.client_ca), admins, None
+    directory = settings.state_dir / "pki"
+    with contextlib.suppress(FileExistsError):
+        pki.init(directory, settings.trust_domain, clock.wall())
+    authority = pki.load(directory)
+    for name, server in (("server", True), ("admin", False)):
+        if not pki.is_current(authority, directory, name, clock.wall() + RENEW_BEFORE_S):
+            spiffe_path = "authsvc" if server else name
+            certificate, key = pki.issue(
+                authority, now=clock.wall(), spiffe_path=spiffe_path, server=server
+            )
+            pki.write_pair(certificate, key, directory, name)
+    admin = f"spiffe://{authority.trust_domain}/admin"
+    files = (directory / "server.pem", directory / "server-key.pem", directory / "ca.pem")
+    return files, admins | {admin}, directory
+
+
+class App:
+    """One server process, put together."""
+
+    def __init__(
+        self, settings: Settings, prepared: Prepared, store: Store, clock: Clock | None = None
+    ) -> None:
+        self._settings = settings
+        self._prepared = prepared
+        self._store = store
+        self._clock = clock = clock or SystemClock()
+        self._tasks = Tasks()
+        self.metrics = Metrics()
+        self.state = state = State(settings.staleness_max_s)
+        tls, sealer, issuer = prepared.tls, prepared.sealer, settings.issuer
+        self._ring = ring = KeyRing(store.keys, sealer, state)
+        clients, self._catalog = CachedClients(store.clients), CachedCatalog(store.resources)
+        catalog = self._catalog
+        self.follow = follow = Follow(
+            store.feed,
+            state,
+            clock,
+            listeners=(clients.changed, catalog.changed, self._reload),
+            synchronous=settings.database.synchronous,
+        )
+        judge = Judge(issuer, state)
+        authenticate = Authenticate(clients)
+        self._resources = resources = Resources(
+            store.resources,
+            follow.reach,
+            issuer=issuer,
+            staleness_max_s=settings.staleness_max_s,
+        )
+        policy = Policy(issuer, prepared.admins, self._admin_ca, clients, catalog, judge, clock)
+        pages = Pages(sealer)
+        servicers = {
+            "AuthService": AuthServicer(
+                issue=IssueToken(issuer, authenticate, catalog, ring, state, clock),
+                validate=ValidateToken(judge, follow, clock),
+                revoke=RevokeToken(judge, Append(store.feed), follow.reach, clock),
+                register=RegisterClient(store.clients, catalog, self._client_cas),
+                watch=WatchChanges(store.feed, follow, state, clock),
+                authenticate=authenticate,
+                state=state,
+                metrics=self.metrics,
+            ),
+            "ClientService": ClientServicer(
+                store.clients, ReviewClient(store.clients, catalog, follow.reach), pages
+            ),
+            "ResourceService": ResourceServicer(resources, pages),
+        }
+        pipeline = Pipeline(Peers(lambda: tls.authorities), policy, self.metrics, clock)
+        self._rpc = RpcServer(pipeline, servicers, state, clock, reflect=settings.reflection)
+        self._http: HttpServer | None = None
+        self.port = self.health_port = self.metrics_port = 0
+
+    def _client_cas(self) -> frozenset[str]:
+        return frozenset(map(spki_sha256, self._prepared.tls.authorities))
+
+    def _admin_ca(self) -> str | None:
+        """The CA of the administrators: the one set, or the only one; none is guessed."""
+        if self._settings.admin_ca:
+            return self._settings.admin_ca
+        cas = self._client_cas()
+        return next(iter(cas)) if len(cas) == 1 else None
+
+    async def _reload(self, markers: tuple[Marker, ...]) -> None:
+        """Keys and bounds of staleness follow their rows before the revision advances."""
+        kinds = {marker.kind for marker in markers}
+        if MarkerKind.KEYS_CHANGED in kinds or not self.state.keys.by_kid:
+            await self._ring.load()
+        if MarkerKind.RESOURCE_CHANGED in kinds or self.state.revision == 0:
+            found = (await self._catalog()).by_id.values()
+            self.state.staleness = {
+                resource.resource_id: float(resource.staleness_max_s)
+                for resource in found
+                if resource.staleness_max_s is not None
+            }
+
+    def is_ready(self) -> bool:
+        """Whether tokens can be judged now."""
+        return self.state.age(self._clock.boot()) <= self.state.staleness_max_s
+
+    async def start(self) -> None:
+        """Serves when it returns. Raises AuthError, or StartError where an address is taken."""
+        now = self._clock.wall()
+        await self._ring.ensure(now)
+        await self._resources.ensure_own(now)
+        await self.follow.poll()
+        listen = self._settings.listen
+        try:
+            self._http = HttpServer(
+                probes(self.metrics.registry, self.is_ready),
+                listen.metrics_host,
+                listen.metrics_port,
+            )
+            self.port, self.health_port = await self._rpc.start(
+                self._prepared.tls.credentials(),
+                f"{listen.host}:{listen.port}",
+                f"{listen.health_host}:{listen.health_port}",
+            )
+        except (OSError, RuntimeError) as error:
+            await self.stop()
+            raise StartError(f"cannot listen ({error}): is another server running?") from error
+        self.metrics_port = self._http.port
+        self._http.start()
+        self._gauges()
+        self._tasks.start("feed-follow", self.follow.run)
+        self._tasks.start("health", self._rpc.watch_health)
+        self._tasks.start(
+            "tls-reload", lambda: self._prepared.tls.watch(self._settings.tls.reload_s)
+        )
+
+    def _gauges(self) -> None:
+        state, clock = self.state, self._clock
+        self.metrics.gauges(
+            ("authsvc_feed_revision", "Applied revision", lambda: float(state.revision)),
+            (
+                "authsvc_feed_age_seconds",
+                "Age of its confirmation",
+                lambda: state.age(clock.boot()),
+            ),
+        )
+
+    async def stop(self) -> None:
+        """NOT_SERVING, then calls under way end, then everything is given back."""
+        await self._rpc.stop(self._settings.drain_s)
+        await self._tasks.stop()
+        if self._http is not None:
+            await self._http.stop()
+        await self._store.close()
+
+
+async def open_app(settings: Settings, clock: Clock | None = None) -> App:
+    """A server that can be started. Raises StartError, or AuthError where the store is away."""
+    clock = clock or SystemClock()
+    prepared = prepare(settings, clock)
+    database = open_database(prepared.database_url, prepared.database_id)
+    try:
+        found = await standing(database)
+        if found is Schema.EMPTY and prepared.embedded:
+            await upgrade(database)
+            found = Schema.CURRENT
+        if found is not Schema.CURRENT:
+            raise StartError(
+                f"the schema of the database is {found.value}:"
+                " `authsvc migrate` brings it up to date where it can"
+            )
+        return App(settings, prepared, sql_store(database), clock)
+    except BaseException:
+        await database.close()
+        raise
+
+
+def open_database(url: str, database_id: str) -> Database:
+    """The database of a URL. Raises StartError, without the URL's password."""
+    try:
+        return Database(url, sqlite_id=database_id)
+    except Exception as error:
+        shown = ""
+        with contextlib.suppress(Exception):
+            shown = make_url(url).render_as_string(hide_password=True)
+        raise StartError(f"database.url {shown}: not usable ({type(error).__name__})") from error
+
+
+async def serve(app: App) -> None:
+    """Runs until SIGTERM or SIGINT."""
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    await ended.wait()
+    log.info("server.draining")
+    await app.stop()
+    log.info("server.stopped")
