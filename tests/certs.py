@@ -3,7 +3,7 @@
 from base64 import encodebytes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Final, TypeAlias
 
 from cryptography import x509
@@ -98,6 +98,7 @@ def ca(
     path_length: int | None = None,
     key_usage: x509.KeyUsage | None = MAY_ISSUE,
     constraints: x509.NameConstraints | None = None,
+    constraints_critical: bool = True,
 ) -> Issued:
     """A CA; self-signed without an issuer."""
     key = key or ec_key()
@@ -106,7 +107,7 @@ def ca(
     if key_usage is not None:
         builder = builder.add_extension(key_usage, critical=True)
     if constraints is not None:
-        builder = builder.add_extension(constraints, critical=True)
+        builder = builder.add_extension(constraints, constraints_critical)
     return _sign(builder, key, issuer)
 
 
@@ -173,8 +174,3 @@ def _sign(builder: x509.CertificateBuilder, key: Key, issuer: Issued | None) -> 
     signer = issuer.key if issuer else key
     algorithm = None if isinstance(signer, ed25519.Ed25519PrivateKey) else hashes.SHA256()
     return Issued(builder.sign(signer, algorithm), key)
-
-
-def lasting(start: float, length: timedelta) -> Span:
-    """A span from `start`, backdated by a minute."""
-    return start - 60.0, start + length.total_seconds()

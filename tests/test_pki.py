@@ -1,8 +1,11 @@
 """The development PKI, and what a SPIFFE ID may look like."""
 
+import fcntl
 import ipaddress
 import multiprocessing
+import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -82,7 +85,7 @@ def test_authority_repr_holds_no_key(authority: pki.Authority) -> None:
 def test_init_twice_leaves_the_first_ca_alone(tmp_path: Path) -> None:
     pki.init(tmp_path, TRUST_DOMAIN, NOW)
     before = _listing(tmp_path)
-    with pytest.raises(FileExistsError, match=r"ca\.pem"):
+    with pytest.raises(FileExistsError, match="has a CA already"):
         pki.init(tmp_path, "other.local", NOW)
     assert _listing(tmp_path) == before
 
@@ -102,6 +105,21 @@ def test_init_certificate_cannot_be_written_leaves_nothing(tmp_path: Path) -> No
     with pytest.raises(FileExistsError):
         pki.init(tmp_path, TRUST_DOMAIN, NOW)
     assert [path.name for path in tmp_path.iterdir()] == ["ca.pem"]
+
+
+def test_init_while_it_works_others_wait(tmp_path: Path) -> None:
+    key_file = tmp_path / "ca-key.pem"
+    os.mkfifo(key_file)  # opening it for writing waits until init reads
+    with ThreadPoolExecutor(1) as threads:
+        made = threads.submit(pki.init, tmp_path, TRUST_DOMAIN, NOW)
+        with key_file.open("wb") as key:
+            directory = os.open(tmp_path, os.O_RDONLY)
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            key.write(certs.ca().key_pem)
+        assert made.result().trust_domain == TRUST_DOMAIN
+    fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(directory)
 
 
 def _init_quietly(directory: Path) -> bool:

@@ -243,7 +243,7 @@ def _judge(leaf_pem: bytes, chain_pem: bytes, anchors: list[_Anchor], now: float
         dns_names=dns_names,
         subject_dn=leaf.subject.rfc4514_string(),
         validity=certificate_validity(leaf),
-        paths=_paths(leaf, [c for c in dict.fromkeys(others) if c != leaf], anchors, now),
+        paths=_paths(leaf, list(others), anchors, now),
     )
 
 
@@ -326,7 +326,7 @@ def _check_authority(certificate: x509.Certificate) -> None:
 
 
 def _constrains_directory_names(certificate: x509.Certificate) -> bool:
-    """Whether it limits subjects, which the verifier does not apply (RFC 5280 section 4.2.1.10)."""
+    """Whether it limits subjects: the verifier does not apply that (RFC 5280 section 4.2.1.10)."""
     constraints = _extension(certificate, x509.NameConstraints)
     if constraints is None:
         return False
