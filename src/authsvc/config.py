@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
@@ -25,7 +26,7 @@ def default_state_dir() -> Path:
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
 class Database(_Section):
@@ -76,7 +77,11 @@ class Settings(BaseSettings):
     """All settings of `authsvc serve`."""
 
     model_config = SettingsConfigDict(
-        env_prefix="AUTHSVC_", env_nested_delimiter="__", extra="forbid", frozen=True
+        env_prefix="AUTHSVC_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
     )
 
     state_dir: Path = Field(
@@ -86,10 +91,10 @@ class Settings(BaseSettings):
         "https://authsvc.local", description="`iss` of all tokens, and authsvc as a resource"
     )
     trust_domain: str = Field("authsvc.local", description="SPIFFE trust domain of the own PKI")
-    admins: tuple[str, ...] = Field(
+    admins: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="SPIFFE IDs of the first administrators; with the own PKI also"
-        " `spiffe://<trust domain>/admin`",
+        description="SPIFFE IDs of the first administrators (comma-separated in the environment);"
+        " with the own PKI also `spiffe://<trust domain>/admin`",
     )
     admin_ca: str = Field(
         "",
@@ -108,7 +113,9 @@ class Settings(BaseSettings):
         10.0, ge=0, description="time that calls under way have to end at SIGTERM, seconds"
     )
     reflection: bool = Field(False, description="answer gRPC server reflection")
-    log_level: str = Field("info", pattern="^(debug|info|warning|error)$")
+    log_level: str = Field(
+        "info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error"
+    )
     database: Database = Database()
     tls: Tls = Tls()
     listen: Listen = Listen()
@@ -122,7 +129,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is pydantic's
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        file = os.environ.get("AUTHSVC_CONFIG")
+        file = os.environ.get(CONFIG_VARIABLE)
         toml = (TomlConfigSettingsSource(settings_cls, Path(file)),) if file else ()
         return (init_settings, env_settings, *toml)
 
@@ -131,6 +138,11 @@ class Settings(BaseSettings):
     def _trust_domain(cls, value: str) -> str:
         check_trust_domain(value)
         return value
+
+    @field_validator("admins", mode="before")
+    @classmethod
+    def _comma_separated(cls, value: Any) -> Any:
+        return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
     @field_validator("admins")
     @classmethod
@@ -169,14 +181,20 @@ def parse_seal_keys(text: str) -> tuple[bytes, ...]:
     return tuple(keys)
 
 
+CONFIG_VARIABLE = "AUTHSVC_CONFIG"
 SECRET_VARIABLES = ("AUTHSVC_SEAL_KEYS", "AUTHSVC_DATABASE__URL")
 
 
-def load(**flags: Any) -> Settings:
+def load(config: Path | None = None, **flags: Any) -> Settings:
     """Settings of this process; `AUTHSVC_…_FILE` names a file that holds a secret.
 
-    ValueError (pydantic's) where a setting is malformed, OSError where a file cannot be read.
+    `config` goes before `AUTHSVC_CONFIG`. ValueError (pydantic's) where a setting is malformed,
+    OSError where a file cannot be read.
     """
+    if config is not None:
+        os.environ[CONFIG_VARIABLE] = str(config)
+    if file := os.environ.get(CONFIG_VARIABLE):
+        Path(file).read_bytes()  # pydantic passes over a file that is not there
     for variable in SECRET_VARIABLES:
         file = os.environ.get(variable + _FILE_SUFFIX)
         if file and variable not in os.environ:

@@ -1,0 +1,339 @@
+"""The demo: authsvc and two services on this machine, and everything that goes wrong between them.
+
+Everything that it makes is in a temporary directory, every port is the kernel's choice.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import grpc
+
+from authsvc_client import (
+    AuthsvcClient,
+    AuthsvcError,
+    Certificates,
+    PermissionDenied,
+    Reason,
+    Unauthenticated,
+    Unavailable,
+    channel,
+)
+from services.v1 import orders_pb2, orders_pb2_grpc
+
+HERE = Path(__file__).parent
+CALLS = 1000
+START_S = 60.0
+CALL_S = 30.0
+
+
+class Failed(Exception):
+    """A step did not end as it must."""
+
+
+class Demo:
+    """The stage: processes, certificates, clients."""
+
+    def __init__(self, home: Path, stack: ExitStack) -> None:
+        self.home = home
+        self.pki = home / "pki"
+        self._stack = stack
+        self._environment = {**os.environ, "AUTHSVC_STATE_DIR": str(home)}
+        for name in [name for name in self._environment if name.startswith("AUTHSVC_")]:
+            if name != "AUTHSVC_STATE_DIR":
+                del self._environment[name]
+        self._environment["PYTHONPATH"] = str(HERE)
+        self.address = ""
+        self.authsvc: subprocess.Popen[bytes] | None = None
+        self.clients: dict[str, str] = {}
+
+    def spawn(self, *arguments: str, log: str) -> "subprocess.Popen[bytes]":
+        """A process that does not outlive the demo; its output goes to a file."""
+        with (self.home / f"{log}.log").open("ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *arguments],
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+        self._stack.callback(stop, process)
+        return process
+
+    def start_authsvc(self) -> None:
+        """Starts it, on the ports of its first start."""
+        ready = self.home / "ready.json"
+        ready.unlink(missing_ok=True)
+        port = self.address.rpartition(":")[2] or "0"
+        ports = ("--port", port, "--metrics-port", "0", "--health-port", "0")
+        self.authsvc = self.spawn(
+            "authsvc", "serve", *ports, "--ready-file", str(ready), log="authsvc"
+        )
+        self.address = f"localhost:{json.loads(self.wait_for(ready, self.authsvc))['port']}"
+        self._environment["AUTHSVC_ADDRESS"] = self.address
+
+    def wait_for(self, file: Path, process: "subprocess.Popen[bytes]") -> str:
+        """The content of a file that a process writes once it serves."""
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline and process.poll() is None:
+            if file.exists() and (text := file.read_text()):
+                return text
+            time.sleep(0.02)
+        logs = "\n".join(log.read_text()[-2000:] for log in self.home.glob("*.log"))
+        raise Failed(f"{file.stem} was not ready in time\n{logs}")
+
+    def cli(self, *arguments: str) -> Any:
+        """What a person would type; answers its JSON."""
+        print(f"  $ authsvc {' '.join(arguments)}", flush=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "authsvc", *arguments, "--json"],
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise Failed(done.stderr)
+        return json.loads(done.stdout)
+
+    def admit(self, name: str, *scopes: str) -> None:
+        """A service asks to be a client by its own certificate; an administrator approves it."""
+        self.cli("pki", "issue", name, "--server")
+        wanted = [word for scope in scopes for word in ("--scope", scope)]
+        spiffe_id = f"spiffe://authsvc.local/{name}"
+        asked = self.cli(
+            "client", "register", "--as", name, "--name", name, "--san-uri", spiffe_id, *wanted
+        )
+        self.clients[name] = asked["client"]["client_id"]
+        self.cli("client", "approve", self.clients[name])
+
+    def resource(self, name: str, *scopes: str) -> None:
+        """Makes a service the audience of tokens."""
+        wanted = [word for scope in scopes for word in ("--scope", scope)]
+        owner = ("--owner", self.clients[name])
+        self.cli("resource", "create", f"https://{name}.example", *owner, *wanted)
+
+    def start_service(self, name: str, *arguments: str) -> str:
+        """Starts a service of the example and answers its address."""
+        file = self.home / f"{name}.port"
+        process = self.spawn(
+            f"services.{name}",
+            *("--client-id", self.clients[name], "--pki", str(self.pki)),
+            *("--authsvc", self.address, "--port-file", str(file), *arguments),
+            log=name,
+        )
+        return f"localhost:{self.wait_for(file, process)}"
+
+    def certificates(self, name: str) -> Certificates:
+        """Those of a service, or of the administrator."""
+        return Certificates.from_files(
+            self.pki / "ca.pem", self.pki / f"{name}.pem", self.pki / f"{name}-key.pem"
+        )
+
+
+def stop(process: "subprocess.Popen[bytes]") -> None:
+    """Ends a process, politely at first."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(15)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+class Steps:
+    """The lines that the demo is about."""
+
+    def __init__(self) -> None:
+        self.ok = self.all = 0
+
+    @contextmanager
+    def step(self, what: str) -> Iterator[list[str]]:
+        """One line: what was tried, what came out, how long it took."""
+        self.all += 1
+        notes: list[str] = []
+        started = time.perf_counter()
+        try:
+            yield notes
+        except (Failed, AuthsvcError, grpc.aio.AioRpcError) as error:
+            print(f"FAIL  {what}: {error}", flush=True)
+            return
+        took = (time.perf_counter() - started) * 1000
+        self.ok += 1
+        print(f"ok    {what:<58} {took:>9.1f} ms  {' '.join(notes)}", flush=True)
+
+
+class Shop:
+    """The one who calls orders, with whatever token and certificate the demo hands it."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    async def place(self, token: str, certificates: Certificates, count: int = 1) -> int:
+        """Places orders; raises AuthsvcError."""
+        request = orders_pb2.PlaceOrdersRequest(count=count)
+        answer = await self._call(certificates, token, lambda stub: stub.PlaceOrders, request)
+        return int(answer.charged)
+
+    async def cancel(self, token: str, certificates: Certificates) -> None:
+        """Cancels an order; raises AuthsvcError."""
+        request = orders_pb2.CancelOrderRequest(order_id="1")
+        await self._call(certificates, token, lambda stub: stub.CancelOrder, request)
+
+    async def _call(
+        self,
+        certificates: Certificates,
+        token: str,
+        method: Callable[[Any], Callable[..., Awaitable[Any]]],
+        request: Any,
+    ) -> Any:
+        async with channel(self._address, certificates) as opened:
+            stub = orders_pb2_grpc.OrdersServiceStub(opened)
+            metadata = (("authorization", f"Bearer {token}"),)
+            try:
+                return await method(stub)(request, metadata=metadata, timeout=CALL_S)
+            except grpc.aio.AioRpcError as error:
+                raise AuthsvcError.from_rpc_error(error) from error
+
+
+async def refused(call: Awaitable[Any], *reasons: Reason) -> str:
+    """That a call was refused for one of these reasons."""
+    try:
+        await call
+    except (PermissionDenied, Unauthenticated) as error:
+        if error.reason in reasons:
+            return error.reason.name
+        raise
+    raise Failed("it was not refused")
+
+
+async def story(demo: Demo, steps: Steps, shop: Shop) -> None:
+    """What is shown, in order."""
+    mine = demo.certificates("shop")
+    async with (
+        AuthsvcClient(channel(demo.address, mine)) as authsvc,
+        AuthsvcClient(channel(demo.address, demo.certificates("admin"))) as admin,
+    ):
+        client_id, audience = demo.clients["shop"], ["https://orders.example"]
+        with steps.step("a token by client_credentials over mTLS") as notes:
+            token = await authsvc.issue_client_credentials(client_id, resources=audience)
+            notes.append(f"{' '.join(token.scopes)} for {' '.join(token.audiences)}")
+        with steps.step(f"{CALLS} calls to billing, each validated") as notes:
+            started = time.perf_counter()
+            if await shop.place(token.value, mine, CALLS) != CALLS:
+                raise Failed("some were not charged")
+            each = (time.perf_counter() - started) / CALLS * 1000
+            notes.append(f"{each:.2f} ms each, validated by a call to authsvc")
+        with steps.step("a call without the scope is refused") as notes:
+            notes.append(await refused(shop.cancel(token.value, mine), Reason.INSUFFICIENT_SCOPE))
+        with steps.step("the token stolen, over another certificate, is refused") as notes:
+            thief = demo.certificates("billing")
+            notes.append(await refused(shop.place(token.value, thief), Reason.PROOF_MISMATCH))
+        with steps.step("the token itself still works"):
+            await shop.place(token.value, mine)
+        with steps.step("the token revoked by an administrator: no call passes") as notes:
+            notes.append(await revoke(admin, shop, token.value, token.jti, mine))
+        living = await authsvc.issue_client_credentials(client_id, resources=audience)
+        with steps.step("authsvc killed with SIGKILL: calls are refused, not guessed"):
+            await kill(demo, shop, living.value, mine)
+        with steps.step("authsvc started again on the same state"):
+            await asyncio.to_thread(demo.start_authsvc)
+        with steps.step("the services have found it again"):
+            await found_again(shop, living.value, mine)
+        with steps.step("the revoked token is still dead") as notes:
+            dead = shop.place(token.value, mine)
+            notes.append(await refused(dead, Reason.TOKEN_REVOKED))
+        with steps.step("a token from before is still alive"):
+            await shop.place(living.value, mine)
+        with steps.step("the shop suspended: its living token is dead at once") as notes:
+            await asyncio.to_thread(demo.cli, "client", "suspend", client_id)
+            notes.append(await refused(shop.place(living.value, mine), Reason.TOKEN_CUT_OFF))
+
+
+async def revoke(
+    admin: AuthsvcClient, shop: Shop, token: str, jti: str, certificates: Certificates
+) -> str:
+    """Revokes, then calls until it bites; answers how long that took."""
+    started = time.perf_counter()
+    await admin.revoke_jti(jti)
+    answered = time.perf_counter()
+    while True:
+        try:
+            await shop.place(token, certificates)
+        except Unauthenticated as error:
+            if error.reason is not Reason.TOKEN_REVOKED:
+                raise
+            break
+        if time.perf_counter() - started > CALL_S:
+            raise Failed("it did not bite")
+    bit = time.perf_counter()
+    return (
+        f"durable after {(answered - started) * 1000:.1f} ms,"
+        f" refused {(bit - answered) * 1000:.1f} ms later"
+    )
+
+
+async def kill(demo: Demo, shop: Shop, token: str, certificates: Certificates) -> None:
+    """Takes authsvc away without a warning."""
+    assert demo.authsvc is not None
+    demo.authsvc.kill()
+    await asyncio.to_thread(demo.authsvc.wait)
+    try:
+        await shop.place(token, certificates)
+    except Unavailable:
+        return
+    raise Failed("a call passed while nobody could judge it")
+
+
+async def found_again(shop: Shop, token: str, certificates: Certificates) -> None:
+    """Calls until the services answer again; a connection is tried every two seconds at least."""
+    started = time.perf_counter()
+    while True:
+        try:
+            await shop.place(token, certificates)
+        except Unavailable:
+            if time.perf_counter() - started > CALL_S:
+                raise
+            await asyncio.sleep(0.05)
+        else:
+            return
+
+
+def main() -> NoReturn:
+    """Runs it all; exits with 0 only if everything held."""
+    steps = Steps()
+    with tempfile.TemporaryDirectory(prefix="authsvc-demo-") as home, ExitStack() as stack:
+        demo = Demo(Path(home), stack)
+        try:
+            print("Starting authsvc on SQLite, with a certificate authority of its own")
+            demo.start_authsvc()
+            print("Admitting three services: each asks by its own certificate, an admin approves")
+            demo.admit("billing", "validate")
+            demo.resource("billing", "billing.charge", "billing.refund")
+            demo.admit("orders", "validate", "billing.charge")
+            demo.resource("orders", "orders.place")
+            demo.admit("shop", "orders.place")
+            print("Starting billing and orders")
+            billing = demo.start_service("billing")
+            orders = demo.start_service("orders", "--billing", billing)
+            print("The shop calls orders, orders calls billing; both ask authsvc about each token")
+            asyncio.run(story(demo, steps, Shop(orders)))
+        except (Failed, AuthsvcError) as error:
+            steps.all += 1
+            print(f"FAIL  {error}", file=sys.stderr, flush=True)
+    print(f"demo: {steps.ok} of {steps.all} ok", flush=True)
+    sys.exit(0 if steps.ok == steps.all > 0 else 1)
+
+
+if __name__ == "__main__":
+    main()

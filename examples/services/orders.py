@@ -1,0 +1,70 @@
+"""Orders: a service that is called with a token, and calls the next one with its own."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from authsvc_client import AuthsvcClient, channel
+from services.run import Service, main, serve
+from services.v1 import billing_pb2, billing_pb2_grpc, orders_pb2, orders_pb2_grpc
+
+AT_ONCE = 32
+
+
+class Orders(orders_pb2_grpc.OrdersServiceServicer):
+    """Takes orders."""
+
+    def __init__(self, billing: "billing_pb2_grpc.BillingServiceAsyncStub") -> None:
+        self._billing = billing
+
+    async def PlaceOrders(
+        self, request: orders_pb2.PlaceOrdersRequest, context: Any
+    ) -> orders_pb2.PlaceOrdersResponse:
+        """Charges each order by a call to billing, some at once."""
+        room = asyncio.Semaphore(AT_ONCE)
+
+        async def charge(number: int) -> None:
+            async with room:
+                await self._billing.Charge(
+                    billing_pb2.ChargeRequest(order_id=str(number), cents=100)
+                )
+
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(request.count):
+                tasks.create_task(charge(number))
+        return orders_pb2.PlaceOrdersResponse(charged=request.count)
+
+    async def CancelOrder(
+        self, request: orders_pb2.CancelOrderRequest, context: Any
+    ) -> orders_pb2.CancelOrderResponse:
+        """Hands billing's refusal on, if it comes to that."""
+        try:
+            await self._billing.Refund(billing_pb2.RefundRequest(order_id=request.order_id))
+        except grpc.aio.AioRpcError as error:
+            trailers = tuple(error.trailing_metadata())
+            await context.abort(error.code(), f"billing: {error.details()}", trailers)
+        return orders_pb2.CancelOrderResponse()
+
+
+async def run(service: Service, authsvc: AuthsvcClient, port_file: Path) -> None:
+    """Serves orders. The token source keeps a fresh token for billing at hand."""
+    descriptor = orders_pb2.DESCRIPTOR.services_by_name["OrdersService"]
+    resources = ["https://billing.example"]
+    async with (
+        authsvc.token_source(service.client_id, resources=resources) as tokens,
+        channel(service.billing, service.certificates, token_source=tokens) as to_billing,
+    ):
+        orders = Orders(billing_pb2_grpc.BillingServiceStub(to_billing))
+        await serve(
+            service,
+            authsvc,
+            descriptor,
+            lambda server: orders_pb2_grpc.add_OrdersServiceServicer_to_server(orders, server),
+            port_file,
+        )
+
+
+if __name__ == "__main__":
+    main("orders", run)
