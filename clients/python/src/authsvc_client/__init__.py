@@ -2,6 +2,7 @@
 
 from .channel import Certificates, ReloadingChannel, channel, sync_channel
 from .client import AuthsvcClient, KeySet, RemoteVerdict
+from .client_interceptors import bearer
 from .core.claims import Claims
 from .core.reason import Reason
 from .errors import (
@@ -20,7 +21,7 @@ from .errors import (
     Violation,
 )
 from .identity import Caller, caller
-from .interceptors import RequireInterceptor, Validator, Verdict, bearer
+from .interceptors import RequireInterceptor, Validator, Verdict
 from .rules import RuleRefused
 from .token_source import Pace, Step, Token, TokenPlan, TokenSource
 

@@ -37,8 +37,9 @@ class BytesCache(Generic[K, V]):
         return entry[0]
 
     def put(self, key: K, value: V, size: int) -> None:
-        """Keeps a value of `size` bytes, its key included."""
+        """Keeps a value of `size` bytes, its key included, unless it is too big."""
         if size > self._half:
+            self.drop(key)
             return
         if self._young_bytes + size > self._half:
             self._old, self._young, self._young_bytes = self._young, {}, 0

@@ -9,6 +9,7 @@ from .reason import Reason
 
 ACTORS_MAX = 8
 _NUMBER_MAX = 2**63
+_CONFIRMATIONS = frozenset({"x5t#S256", "jkt"})
 
 
 class Claims(NamedTuple):
@@ -120,7 +121,7 @@ def _confirmation(payload: Mapping[str, Any]) -> Mapping[str, Any]:
     confirmation = payload["cnf"]
     if not isinstance(confirmation, dict) or not confirmation:
         raise Refused(Reason.TOKEN_MALFORMED)
-    if not confirmation.keys() <= {"x5t#S256", "jkt"}:
+    if not confirmation.keys() <= _CONFIRMATIONS:
         raise Refused(Reason.TOKEN_MALFORMED)
     return confirmation
 

@@ -55,7 +55,7 @@ _KEY_TYPES = {
 }
 _SECRET_MEMBERS = frozenset({"d", "p", "q", "dp", "dq", "qi", "oth", "k"})
 _STANDARD = bytes.maketrans(b"-_+/=", b"+/!!!")
-_compact = re.compile(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)").fullmatch
+_compact = re.compile(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]*)\.([A-Za-z0-9_-]+)").fullmatch
 
 
 class Refused(Exception):
@@ -138,9 +138,15 @@ def decode(segment: str) -> bytes:
 
 
 def json_object(raw: bytes) -> dict[str, Any]:
-    """A JSON object in UTF-8 without duplicate names or lone surrogates; raises Refused."""
+    """A JSON object in UTF-8 and nothing around it; raises Refused.
+
+    Neither duplicate names nor lone surrogates: others would read them in another way, or not.
+    """
     try:
-        value = _loads(raw.decode())
+        text = raw.decode()
+        value, end = _loads(text)
+        if end != len(text):
+            raise Refused(Reason.TOKEN_MALFORMED)
         if b"\\u" in raw:
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -178,7 +184,7 @@ def _refuse(constant: str) -> Any:
     raise ValueError(constant)
 
 
-_loads = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse).decode
+_loads = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse).raw_decode
 
 
 def _require_strong(key: rsa.RSAPublicKey) -> None:

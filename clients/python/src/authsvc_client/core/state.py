@@ -116,8 +116,10 @@ class State:
     def require_fresh(self, boot: float, audiences: tuple[str, ...] = ()) -> None:
         """Raises StateStale past the bound, or past an audience's own lower one."""
         age = self.age(boot)
-        bounds = [self.staleness[aud] for aud in audiences if aud in self.staleness]
-        if age > min(self.staleness_max_s, *bounds) if bounds else age > self.staleness_max_s:
+        bound = self.staleness_max_s
+        for audience in audiences:
+            bound = min(bound, self.staleness.get(audience, bound))
+        if age > bound:
             raise StateStale(age)
 
     def is_dead(self, key: bytes) -> bool:

@@ -1,0 +1,184 @@
+"""What is dead at which revision, which keys verify, and how old that knowledge is."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from authsvc_client.core.jws import KeyRefused
+from authsvc_client.core.markers import LEEWAY_S, MARKER_LIFETIME_S, MarkerKind, marker_key
+from authsvc_client.core.reason import Reason
+from authsvc_client.core.state import REVISIONS_PER_EPOCH, State
+
+from .tokens import BOOT, KEY, NOW, REVISION, Key, Rig, marker
+
+DEAD = marker_key(MarkerKind.TOKEN_DEAD, "jti-1")
+
+
+def _state() -> State:
+    state = State(120.0)
+    state.confirm(BOOT, NOW)
+    return state
+
+
+def test_revision_never_goes_back() -> None:
+    state = State(120.0)
+    for given_, seen in [(5, 5), (4, 5), (REVISIONS_PER_EPOCH, REVISIONS_PER_EPOCH), (6, 2**32)]:
+        state.apply([], given_)
+        assert state.revision == seen
+
+
+def test_a_mark_is_swept_after_its_end_and_not_before() -> None:
+    state = _state()
+    state.apply([marker(MarkerKind.TOKEN_DEAD, "jti-1", until=NOW + 100.5)], REVISION)
+    state.apply([marker(MarkerKind.CUTOFF_CLIENT, "shop", until=NOW + 100.5)], REVISION)
+    cutoff = (marker_key(MarkerKind.CUTOFF_CLIENT, "shop"),)
+    for elapsed in range(0, 101):
+        state.confirm(BOOT + elapsed, NOW + elapsed)
+        assert state.is_dead(DEAD)
+        assert state.cutoff(cutoff) == REVISION + 1
+    for elapsed in range(101, 240):
+        state.confirm(BOOT + elapsed, NOW + elapsed)
+    assert not state.is_dead(DEAD)
+    assert state.cutoff(cutoff) == 0
+
+
+@pytest.mark.parametrize("ends", [(100, 500), (500, 100)])
+def test_of_two_equal_marks_the_later_end_counts(ends: tuple[int, int]) -> None:
+    state = _state()
+    for end in ends:
+        state.apply([marker(MarkerKind.TOKEN_DEAD, "jti-1", until=NOW + end)], REVISION)
+        state.apply([marker(MarkerKind.CUTOFF_CLIENT, "shop", until=NOW + end)], REVISION)
+    state.confirm(BOOT + 499, NOW + 499)
+    assert state.is_dead(DEAD)
+    assert state.cutoff((marker_key(MarkerKind.CUTOFF_CLIENT, "shop"),)) == REVISION + 1
+
+
+def test_a_cutoff_of_everything_is_kept_for_good_whatever_its_key() -> None:
+    state = _state()
+    state.apply([marker(MarkerKind.CUTOFF_EVERYTHING, "odd", until=NOW + 1)], REVISION)
+    state.confirm(BOOT + 9000, NOW + 9000)
+    assert state.cutoff(()) == REVISION + 1
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        MarkerKind.CLIENT_CHANGED,
+        MarkerKind.PERMISSIONS_CHANGED,
+        MarkerKind.ROLE_CHANGED,
+        MarkerKind.RESOURCE_CHANGED,
+        MarkerKind.KEYS_CHANGED,
+    ],
+)
+def test_a_change_kills_nothing(kind: MarkerKind) -> None:
+    rig = Rig()
+    for id_ in ("jti-1", "shop", "alice", "key-1"):
+        rig.mark(kind, id_)
+    assert rig(rig.token()).active
+
+
+def test_every_kind_is_a_mark_a_cutoff_or_a_change() -> None:
+    kills = set()
+    for kind in MarkerKind:
+        state = _state()
+        state.apply([marker(kind, "x")], REVISION)
+        key = marker_key(kind, "x")
+        if state.is_dead(key) or state.cutoff((key,)):
+            kills.add(kind)
+    assert set(MarkerKind) - kills == {kind for kind in MarkerKind if "CHANGED" in kind.name}
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.floats(0, 10),  # time passes
+            st.tuples(st.floats(0, 20), st.floats(-3700, 3700)),  # a read: how long, clock's jump
+        )
+    )
+)
+@settings(deadline=None)
+def test_time_never_goes_back(events: list[float | tuple[float, float]]) -> None:
+    state = State(120.0)
+    boot, last, database = BOOT, 0.0, float(NOW)
+    for event in events:
+        if isinstance(event, tuple):
+            took, jump = event
+            boot, database = boot + took, database + took + jump
+            state.confirm(boot - took, database)
+        else:
+            boot, database = boot + event, database + event
+        assert state.now(boot) >= last
+        last = state.now(boot)
+
+
+def test_time_follows_the_database_not_this_machine() -> None:
+    state = State(120.0)
+    assert state.now(BOOT) == 0
+    state.confirm(5e9, 2e9)
+    assert state.now(5e9 + 7) == 2e9 + 7
+
+
+def test_a_mark_outlives_its_token_though_the_database_clock_went_back() -> None:
+    """Time stood still for 1000 s, so a marker written then runs out 1000 s too early by ours."""
+    rig = Rig()
+    back = 1000
+    rig.state.confirm(BOOT, NOW - back)
+    token = rig.token(exp=NOW + 3600)
+    assert rig(token).active
+    until = NOW - back + MARKER_LIFETIME_S
+    rig.state.apply([marker(MarkerKind.TOKEN_DEAD, "jti-1", until=until)], REVISION + 1)
+    for elapsed in range(0, back + 3600 + LEEWAY_S + 1, 10):
+        rig.state.confirm(BOOT + elapsed, NOW - back + elapsed)
+        assert rig(token, BOOT + elapsed).reason in {Reason.TOKEN_REVOKED, Reason.TOKEN_EXPIRED}
+    for elapsed in range(back + 3600, 3 * 3600, 10):
+        rig.state.confirm(BOOT + elapsed, NOW - back + elapsed)
+    assert not rig.state.is_dead(DEAD)
+
+
+def test_age_counts_from_the_start_of_the_read() -> None:
+    state = State(120.0)
+    assert state.age(BOOT) == float("inf")
+    state.confirm(BOOT, NOW)
+    assert state.age(BOOT + 3) == 3
+
+
+# Keys
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {},
+        {"kid": ""},
+        {"kid": None},
+        {"kid": 1},
+        {"kid": "key-1"},
+        {"kid": "\ud800"},
+        {"kid": "key-2", "alg": "HS256"},
+        {"kid": "key-2", "alg": "ES384"},
+        {"kid": "key-2", "use": "enc"},
+        {"kid": "key-2", "x": "AAAA"},
+    ],
+)
+def test_replace_keys_takes_all_or_nothing(wrong: dict[str, object]) -> None:
+    rig = Rig()
+    token = rig.token()
+    assert rig(token).active
+    before = rig.state.keys
+    base = {name: value for name, value in Key("key-2").jwk.items() if name != "kid"}
+    for jwks in ([KEY.jwk, {**base, **wrong}], [{**base, **wrong}, KEY.jwk]):
+        with pytest.raises(KeyRefused):
+            rig.state.replace_keys(jwks)
+        assert rig.state.keys is before
+    assert rig(token).active
+    rig.state.replace_keys([KEY.jwk, {**base, "kid": "key-2"}])
+    assert set(rig.state.keys.by_kid) == {"key-1", "key-2"}
+
+
+def test_replace_keys_drops_the_known_headers_with_the_key() -> None:
+    rig = Rig()
+    assert rig(rig.token()).active
+    assert rig.state.keys.by_header
+    rig.state.replace_keys([])
+    assert rig(rig.token(jti="new")).reason is Reason.TOKEN_KEY_UNKNOWN
+    assert not rig.state.keys.by_header
