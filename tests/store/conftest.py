@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 import sqlite3
+import threading
 from collections.abc import AsyncIterator
 from contextlib import closing
 from pathlib import Path
@@ -12,13 +13,15 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from authsvc.store import Store, sql_store
+from authsvc.store import sql_store
 from authsvc.store.memory import memory_store
 from authsvc.store.migrate import Schema, upgrade
+from authsvc.store.port import Store
 from authsvc.store.sql import COMMAND_TIMEOUT_S, Database
 from authsvc_client.core.markers import MARKER_LIFETIME_S
 from tests.clocks import HandClock
 from tests.servers import SUPERUSER, Postgres
+
 
 class Place:
     """Where one test keeps its data."""
@@ -96,9 +99,42 @@ def migrated_postgres(postgres: Postgres) -> str:
     return url.partition(":///")[2].partition("?")[0]
 
 
+_RESET = """
+TRUNCATE client, resource, scope, signing_key, feed, feed_head;
+INSERT INTO feed_head (id, revision, compacted_to, cutoff, fingerprint, nonce)
+VALUES (1, 4294967296, 4294967296, 0, '', '');
+"""
+
+
+@pytest.fixture(scope="session")
+def shared_postgres(postgres: Postgres, migrated_postgres: str) -> str:
+    """The URL of a database for tests that leave the schema as it is; a copy each costs more."""
+    return asyncio.run(copy_postgres(postgres, migrated_postgres))
+
+
+async def _emptied(url: str) -> str:
+    connection = await asyncpg.connect(url.replace("+asyncpg", ""))
+    try:
+        await connection.execute(_RESET)
+    finally:
+        await connection.close()
+    return url
+
+
+@pytest.fixture(autouse=True)
+async def _no_thread_left() -> AsyncIterator[None]:
+    """Every connection to SQLite is a thread, and ends before the loop of its test."""
+    yield
+    async with asyncio.timeout(10):
+        while any("_connection_worker_thread" in t.name for t in threading.enumerate()):  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
 async def copy_postgres(postgres: Postgres, template: str) -> str:
     name = f"copy_{uuid4().hex}"
-    connection = await asyncpg.connect(host=str(postgres.folder), user=SUPERUSER, database="postgres")
+    connection = await asyncpg.connect(
+        host=str(postgres.folder), user=SUPERUSER, database="postgres"
+    )
     try:
         await connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
     finally:
@@ -112,11 +148,7 @@ def _seed(backend: str, request: pytest.FixtureRequest, folder: Path) -> Place:
         shutil.copyfile(request.getfixturevalue("migrated_sqlite"), file)
         return Place(backend, f"sqlite+aiosqlite:///{file}")
     if backend == "postgres":
-        server, template = (
-            request.getfixturevalue("postgres"),
-            request.getfixturevalue("migrated_postgres"),
-        )
-        return Place(backend, asyncio.run(copy_postgres(server, template)))
+        return Place(backend, asyncio.run(_emptied(request.getfixturevalue("shared_postgres"))))
     return Place(backend)
 
 
@@ -147,3 +179,26 @@ async def sql_place(_sql_place: Place) -> AsyncIterator[Place]:
 @pytest.fixture
 def store(place: Place) -> Store:
     return place.open()
+
+
+@pytest.fixture
+def _sqlite_place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    return _seed("sqlite", request, tmp_path)
+
+
+@pytest.fixture
+def _postgres_place(postgres: Postgres, migrated_postgres: str) -> Place:
+    return Place("postgres", asyncio.run(copy_postgres(postgres, migrated_postgres)))
+
+
+@pytest.fixture
+async def place_sqlite(_sqlite_place: Place) -> AsyncIterator[Place]:
+    yield _sqlite_place
+    await _sqlite_place.close()
+
+
+@pytest.fixture
+async def place_pg(_postgres_place: Place) -> AsyncIterator[Place]:
+    """A PostgreSQL database whose schema the test may change."""
+    yield _postgres_place
+    await _postgres_place.close()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import structlog
 
 from authsvc.clock import Clock
-from authsvc.errors import AuthError, Reason
+from authsvc.errors import AuthError
 from authsvc.store.port import ANY_KEY, FeedPage, FeedStore
 from authsvc_client.core.markers import CUTOFF_KINDS, DEAD_KINDS, Marker, MarkerKind
 from authsvc_client.core.state import State
@@ -33,6 +33,8 @@ class Applied:
     """Boot-time clock at the start of the read."""
     time: float
     """The database's clock."""
+    snapshot: bool = False
+    """The markers do not continue those before: another history, or compacted meanwhile."""
 
 
 class Subscription:
@@ -97,7 +99,7 @@ class Follow:
             self._nonce = page.nonce
             self._state.apply(page.markers, page.head)
             self._state.confirm(started, page.time)
-            applied = Applied(page.head, page.markers, started, page.time)
+            applied = Applied(page.head, page.markers, started, page.time, snapshot=not cursor)
         for subscription in self._subscriptions:
             subscription.offer(applied)
         async with self._polled:
@@ -125,8 +127,6 @@ class Follow:
                 await self.poll()
             except AuthError as error:
                 log.warning("feed.poll_failed", reason=error.reason.name, cause=error.cause)
-            except Exception as error:  # a listener's; to stop would be never to heal
-                log.error("feed.poll_failed", reason=Reason.INTERNAL.name, cause=repr(error))
             try:
                 async with asyncio.timeout(POLL_S):
                     await self._poke.wait()

@@ -65,6 +65,11 @@ class WatchChanges:
                     continue
                 if subscription.lost:
                     raise AuthError(Reason.WATCHER_TOO_SLOW)
+                if applied.snapshot:
+                    raise AuthError(
+                        Reason.REVISION_COMPACTED,
+                        metadata={"compacted_to": str(applied.revision)},
+                    )
                 if applied.revision >= sent:
                     yield self._delta(applied, sent)
                     sent = applied.revision

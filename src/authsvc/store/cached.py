@@ -4,7 +4,7 @@ A row is served only while no change of it at or above that revision is known, s
 by it carries a `rev` that is right (docs/decisions/0003).
 """
 
-from authsvc.model import Catalog, Client, IdentityKind, Peer, peer_names
+from authsvc.model import Catalog, Client, ClientState, IdentityKind, Peer, peer_names
 from authsvc.store.port import ANY_KEY, ClientStore, ResourceStore
 from authsvc_client.core.cache import BytesCache
 from authsvc_client.core.markers import Marker, MarkerKind, marker_key
@@ -46,6 +46,12 @@ class CachedClients:
             self._rows.put(key, client, _CLIENT_BYTES)
         return client
 
+    def held(self, peer: Peer, now: float) -> Client | None:
+        """As `by_peer`, where its row is at hand."""
+        known = self._by_thumbprint.get(peer.thumbprint)
+        client = self._rows.get(known[1]) if known is not None else None
+        return client if client is not None and _is(client, peer, now) else None
+
     async def by_peer(self, peer: Peer, now: float) -> Client | None:
         """The client that this certificate names; None where there is none or more than one."""
         known = self._by_thumbprint.get(peer.thumbprint)
@@ -56,9 +62,13 @@ class CachedClients:
                 return client
         names = {(kind, name) for kind in IdentityKind for name in peer_names(peer, kind)}
         found = [c for c in await self._store.by_identity(names) if _is(c, peer, now)]
+        # A registration that waits for review takes nothing from a client that had one.
+        found = [c for c in found if c.state is not ClientState.PENDING] or found
         if len(found) != 1:
             return None
         client_id = found[0].client_id
+        if found[0].state is ClientState.PENDING:
+            return found[0]
         key = marker_key(MarkerKind.CLIENT_CHANGED, client_id)
         self._by_thumbprint.put(peer.thumbprint, (client_id, key), 512)
         return self._rows.get(key) or await self._load(client_id, key)
@@ -66,7 +76,9 @@ class CachedClients:
 
 def _is(client: Client, peer: Peer, now: float) -> bool:
     identity = client.metadata.identity
-    return identity is not None and identity.matches(peer, now)
+    if identity is None or client.state is ClientState.REJECTED:  # then its name is free
+        return False
+    return identity.matches(peer, now)
 
 
 class CachedCatalog:

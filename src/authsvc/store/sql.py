@@ -4,6 +4,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import structlog
@@ -62,6 +63,11 @@ class Database:
         )
         self._running: set[asyncio.Task[Any]] = set()
 
+    def is_missing(self) -> bool:
+        """Whether it is a SQLite file that the first use would make."""
+        file = self.url.database
+        return self.dialect == "sqlite" and bool(file) and not Path(file or "").exists()
+
     async def close(self) -> None:
         """Waits for the changes under way, and gives all connections back."""
         if self._running:
@@ -88,7 +94,11 @@ class Database:
             async with self._writer.connect() as connection:
                 yield connection
                 committing = True
-                await connection.commit()
+                try:
+                    await connection.commit()
+                except BaseException:
+                    await connection.invalidate()  # SQLite may have left its transaction open
+                    raise
         except _LOST as error:
             if isinstance(error, IntegrityError) and not committing:
                 raise
@@ -114,7 +124,13 @@ def readable(rows: Iterable[R], decode: Callable[[R], T], table: str) -> Iterato
 
 def _sqlite(url: str, timeout_s: float, *, begin: str) -> AsyncEngine:
     connections = 1 if "IMMEDIATE" in begin else 4
-    engine = create_async_engine(url, pool_size=connections, max_overflow=0, pool_timeout=timeout_s)
+    engine = create_async_engine(
+        url,
+        pool_size=connections,
+        max_overflow=0,
+        pool_timeout=timeout_s,
+        hide_parameters=True,
+    )
 
     @event.listens_for(engine.sync_engine, "connect")
     def on_connect(connection: Any, _record: Any) -> None:
@@ -145,6 +161,7 @@ def _postgres(url: str, timeout_s: float, connections: int) -> AsyncEngine:
         max_overflow=0,
         pool_timeout=timeout_s,
         pool_pre_ping=False,
+        hide_parameters=True,  # of errors that are logged
         connect_args={
             "command_timeout": timeout_s,
             "timeout": timeout_s,

@@ -1,0 +1,549 @@
+"""How the applied revision advances, and what the state says when it cannot."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+import pytest
+
+from authsvc.errors import AuthError, Reason
+from authsvc.feed import follow as module
+from authsvc.feed.follow import WATCHER_CHANGES_MAX, Applied, Follow, Listener
+from authsvc.feed.watch import Event, WatchChanges
+from authsvc.store.memory import MemoryFeed, memory_store
+from authsvc.store.port import ANY_KEY, Change, FeedPage
+from authsvc_client.core.markers import Marker, MarkerKind, marker_key
+from authsvc_client.core.state import REVISIONS_PER_EPOCH, State, StateStale
+from tests.clocks import HandClock
+
+STALENESS_S = 120.0
+EVERYTHING = marker_key(MarkerKind.CUTOFF_EVERYTHING)
+
+
+def key(token: str) -> bytes:
+    return marker_key(MarkerKind.TOKEN_DEAD, token)
+
+
+def dead(*tokens: str) -> list[Change]:
+    return [(MarkerKind.TOKEN_DEAD, key(token)) for token in tokens]
+
+
+class FaultyFeed:
+    """A feed in memory with a hook around each read."""
+
+    def __init__(self, clock: HandClock) -> None:
+        feed = memory_store(clock).feed
+        assert isinstance(feed, MemoryFeed)
+        self.memory = feed
+        self.reads: list[int] = []
+        self.before: Callable[[], Awaitable[None]] | None = None
+        self.after: Callable[[], Awaitable[None]] | None = None
+        """Between the moment that the answer is made and the moment that it arrives."""
+        self.epochs = 0
+
+    async def append(self, changes: Sequence[Change]) -> int:
+        return await self.memory.append(changes)
+
+    async def read(self, cursor: int) -> FeedPage:
+        self.reads.append(cursor)
+        if self.before is not None:
+            await self.before()
+        page = await self.memory.read(cursor)
+        if self.after is not None:
+            await self.after()
+        return page
+
+    async def begin(self, page: FeedPage) -> None:
+        await self.memory.begin(page)
+
+    async def raise_epoch(self, page: FeedPage, above: int, *, cut_off: bool) -> None:
+        self.epochs += 1
+        await self.memory.raise_epoch(page, above, cut_off=cut_off)
+
+
+class Worker:
+    """One worker's state, and what follows the feed for it."""
+
+    def __init__(
+        self, feed: FaultyFeed, clock: HandClock, *listeners: Listener, synchronous: bool = False
+    ) -> None:
+        self.state = State(STALENESS_S)
+        self.follow = Follow(feed, self.state, clock, listeners=listeners, synchronous=synchronous)
+
+
+@pytest.fixture
+def clock() -> HandClock:
+    return HandClock()
+
+
+@pytest.fixture
+def feed(clock: HandClock) -> FaultyFeed:
+    return FaultyFeed(clock)
+
+
+@pytest.fixture
+def worker(feed: FaultyFeed, clock: HandClock) -> Worker:
+    return Worker(feed, clock)
+
+
+@contextlib.asynccontextmanager
+async def running(follow: Follow) -> AsyncIterator[None]:
+    task = asyncio.create_task(follow.run())
+    try:
+        async with asyncio.timeout(20):
+            yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 (of what sets no event)
+            await asyncio.sleep(0.001)
+
+
+async def unavailable() -> None:
+    raise AuthError(Reason.STORE_UNAVAILABLE, cause="planted")
+
+
+# Applying
+
+
+async def test_markers_are_applied_and_confirmed(
+    worker: Worker, feed: FaultyFeed, clock: HandClock
+) -> None:
+    assert worker.state.age(clock.boot()) == float("inf")
+    with pytest.raises(StateStale):
+        worker.state.require_fresh(clock.boot())
+    await feed.append(dead("a"))
+    await worker.follow.poll()
+    revision = await feed.append(dead("b"))
+    assert not worker.state.is_dead(key("b"))
+    await worker.follow.poll()
+    assert worker.state.revision == revision
+    assert worker.state.is_dead(key("a"))
+    assert worker.state.is_dead(key("b"))
+    assert not worker.state.is_dead(key("c"))
+    assert feed.reads == [0, revision - 1]
+    worker.state.require_fresh(clock.boot())
+    assert feed.memory.known_fingerprint == feed.memory.fingerprint
+
+
+async def test_listeners_hear_of_a_change_before_the_revision_advances(
+    feed: FaultyFeed, clock: HandClock
+) -> None:
+    heard: list[tuple[int, tuple[Marker, ...]]] = []
+
+    async def listen(markers: tuple[Marker, ...]) -> None:
+        await asyncio.sleep(0)
+        heard.append((mine.state.revision, markers))
+        assert not mine.state.is_dead(key("b"))
+
+    mine = Worker(feed, clock, listen, listen)
+    await mine.follow.poll()
+    before = mine.state.revision
+    after = await feed.append(dead("b"))
+    heard.clear()
+    await mine.follow.poll()
+    assert [revision for revision, _ in heard] == [before, before]
+    assert [[(m.key, m.revision) for m in markers] for _, markers in heard] == [
+        [(key("b"), after)]
+    ] * 2
+    assert mine.state.revision == after
+
+
+@pytest.mark.parametrize("error", [AuthError(Reason.STORE_UNAVAILABLE), ValueError("planted")])
+async def test_where_a_listener_fails_nothing_is_applied_and_it_hears_again(
+    feed: FaultyFeed, clock: HandClock, error: Exception
+) -> None:
+    heard: list[tuple[Marker, ...]] = []
+    failing = False
+
+    async def listen(markers: tuple[Marker, ...]) -> None:
+        heard.append(markers)
+        if failing:
+            raise error
+
+    worker = Worker(feed, clock, listen)
+    await worker.follow.poll()
+    before = worker.state.revision
+    revision = await feed.append(dead("a"))
+    failing = True
+    clock.advance(5)
+    with pytest.raises(type(error)):
+        await worker.follow.poll()
+    assert worker.state.revision == before
+    assert worker.state.age(clock.boot()) == 5
+    failing = False
+    await worker.follow.poll()
+    assert worker.state.revision == revision
+    assert heard[-1] == heard[-2]
+
+
+# Age
+
+
+async def test_the_age_counts_from_the_start_of_the_read(
+    worker: Worker, feed: FaultyFeed, clock: HandClock
+) -> None:
+    async def slow() -> None:
+        clock.advance(3)
+
+    feed.before = slow
+    await worker.follow.poll()
+    assert worker.state.age(clock.boot()) == 3
+    feed.before, feed.after = None, slow
+    clock.advance(10)
+    await worker.follow.poll()
+    assert worker.state.age(clock.boot()) == 3
+
+
+async def test_database_time_never_goes_back_and_a_wall_clock_moves_no_age(
+    worker: Worker, clock: HandClock
+) -> None:
+    await worker.follow.poll()
+    now = worker.state.now(clock.boot())
+    clock.set_wall(clock.wall() - 7200)
+    await worker.follow.poll()
+    assert worker.state.now(clock.boot()) >= now
+    assert worker.state.age(clock.boot()) == 0
+
+
+async def test_failed_polls_age_the_state_until_nobody_may_judge_by_it(
+    worker: Worker, feed: FaultyFeed, clock: HandClock
+) -> None:
+    await feed.append(dead("a"))
+    await worker.follow.poll()
+    revision = worker.state.revision
+    feed.before = unavailable
+    for _ in range(int(STALENESS_S)):
+        clock.advance(1)
+        with pytest.raises(AuthError):
+            await worker.follow.poll()
+        worker.state.require_fresh(clock.boot())
+    assert worker.state.age(clock.boot()) == STALENESS_S
+    clock.advance(0.001)
+    with pytest.raises(StateStale):
+        worker.state.require_fresh(clock.boot())
+    assert (worker.state.revision, worker.state.is_dead(key("a"))) == (revision, True)
+    feed.before = None
+    await worker.follow.poll()
+    worker.state.require_fresh(clock.boot())
+
+
+async def test_a_read_that_lasts_too_long_confirms_nothing_fresh(
+    worker: Worker, feed: FaultyFeed, clock: HandClock
+) -> None:
+    async def slow() -> None:
+        clock.advance(STALENESS_S + 1)
+
+    feed.after = slow
+    await worker.follow.poll()
+    with pytest.raises(StateStale):
+        worker.state.require_fresh(clock.boot())
+
+
+# Other histories
+
+Change_ = Callable[[FaultyFeed], None]
+
+
+def another_fingerprint(feed: FaultyFeed) -> None:
+    feed.memory.fingerprint = "another"
+
+
+def lost_commits(feed: FaultyFeed) -> None:
+    feed.memory.head -= 2
+    feed.memory.markers = [m for m in feed.memory.markers if m.revision <= feed.memory.head]
+
+
+def other_commits(feed: FaultyFeed) -> None:
+    feed.memory.nonces[feed.memory.head] = "another"
+
+
+def started_over(feed: FaultyFeed) -> None:
+    feed.memory.head = REVISIONS_PER_EPOCH
+    feed.memory.markers = []
+    feed.memory.known_fingerprint = ""
+
+
+@pytest.mark.parametrize(
+    "happens", [another_fingerprint, lost_commits, other_commits, started_over]
+)
+@pytest.mark.parametrize("synchronous", [True, False])
+async def test_another_history_raises_the_epoch_once(
+    feed: FaultyFeed, clock: HandClock, happens: Change_, synchronous: bool
+) -> None:
+    workers = [Worker(feed, clock, synchronous=synchronous) for _ in range(2)]
+    for number in range(4):
+        await feed.append(dead(str(number)))
+    for worker in workers:
+        await worker.follow.poll()
+    happens(feed)
+    opening = 2 * REVISIONS_PER_EPOCH
+    cutoff = 0 if synchronous else opening + 1
+    for worker in workers:
+        await worker.follow.poll()
+        assert feed.epochs == 1
+        assert worker.state.revision == feed.memory.head == (cutoff or opening)
+        assert worker.state.everything == worker.state.cutoff(()) == cutoff
+        assert all(worker.state.is_dead(key(str(number))) for number in range(4))
+    assert feed.memory.known_fingerprint == feed.memory.fingerprint
+    revision = await feed.append(dead("new"))
+    for _ in range(3):
+        for worker in workers:
+            await worker.follow.poll()
+            assert worker.state.revision == revision
+            assert worker.state.is_dead(key("new"))
+    assert feed.epochs == 1
+
+
+async def test_workers_that_find_another_history_at_once_open_one_epoch(
+    feed: FaultyFeed, clock: HandClock
+) -> None:
+    workers = [Worker(feed, clock) for _ in range(4)]
+    await feed.append(dead("a"))
+    for worker in workers:
+        await worker.follow.poll()
+    another_fingerprint(feed)
+
+    async def together() -> None:
+        if len(feed.reads) < 8:  # four reads of the old epoch, before any of them is answered
+            await asyncio.sleep(0)
+
+    feed.reads.clear()
+    feed.after = together
+    await asyncio.gather(*(worker.follow.poll() for worker in workers))
+    assert feed.epochs > 1
+    assert {worker.state.revision for worker in workers} == {2 * REVISIONS_PER_EPOCH + 1}
+
+
+async def test_a_first_start_on_another_database_cuts_off_everything(
+    worker: Worker, feed: FaultyFeed
+) -> None:
+    """As after a restore while no worker ran."""
+    await feed.begin(await feed.read(0))
+    another_fingerprint(feed)
+    await worker.follow.poll()
+    assert worker.state.everything == 2 * REVISIONS_PER_EPOCH + 1
+
+
+async def test_an_epoch_that_cannot_be_raised_confirms_nothing(
+    worker: Worker, feed: FaultyFeed, clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await worker.follow.poll()
+    another_fingerprint(feed)
+    clock.advance(7)
+
+    async def fail(page: FeedPage, above: int, *, cut_off: bool) -> None:
+        raise AuthError(Reason.COMMIT_UNKNOWN)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feed.memory, "raise_epoch", fail)
+        with pytest.raises(AuthError):
+            await worker.follow.poll()
+    assert worker.state.age(clock.boot()) == 7
+    await worker.follow.poll()
+    assert worker.state.revision // REVISIONS_PER_EPOCH == 2
+    assert worker.state.age(clock.boot()) == 0
+
+
+async def test_below_what_is_compacted_a_snapshot_is_taken(
+    feed: FaultyFeed, clock: HandClock
+) -> None:
+    heard: list[tuple[Marker, ...]] = []
+
+    async def listen(markers: tuple[Marker, ...]) -> None:
+        heard.append(markers)
+
+    worker = Worker(feed, clock, listen)
+    for number in range(6):
+        await feed.append(dead(str(number)))
+    await worker.follow.poll()
+    cursor = worker.state.revision
+    for number in range(6, 12):
+        await feed.append(dead(str(number)))
+    feed.memory.compacted_to = cursor + 2
+    feed.memory.markers = [m for m in feed.memory.markers if m.revision > cursor + 2]
+    feed.reads.clear()
+    await worker.follow.poll()
+    assert feed.reads == [cursor, 0]
+    assert feed.epochs == 0
+    assert worker.state.revision == feed.memory.head
+    # What was compacted unread has run out; what was read before is kept.
+    assert [n for n in range(12) if not worker.state.is_dead(key(str(n)))] == [6, 7]
+    assert {m.kind for m in heard[-1] if m.key == ANY_KEY} == {
+        MarkerKind.CLIENT_CHANGED,
+        MarkerKind.PERMISSIONS_CHANGED,
+        MarkerKind.ROLE_CHANGED,
+        MarkerKind.RESOURCE_CHANGED,
+        MarkerKind.KEYS_CHANGED,
+    }
+    await worker.follow.poll()
+    assert heard[-1] == ()
+
+
+# Watchers
+
+
+async def test_subscriptions_get_every_change_in_order_and_heartbeats(
+    worker: Worker, feed: FaultyFeed, clock: HandClock
+) -> None:
+    await worker.follow.poll()
+    async with worker.follow.subscribe() as one, worker.follow.subscribe() as two:
+        expected: list[Applied] = []
+        for number in range(20):
+            start = clock.boot()
+            markers: list[Marker] = []
+            if number % 3:
+                await feed.append(dead(str(number), f"{number}b"))
+                markers = feed.memory.markers[-2:]
+            expected.append(Applied(feed.memory.head, tuple(markers), start, clock.wall()))
+            await worker.follow.poll()
+            clock.advance(1)
+        for subscription in (one, two):
+            got = [subscription.queue.get_nowait() for _ in range(20)]
+            assert got == expected
+            assert subscription.queue.empty()
+            assert not subscription.lost
+    await feed.append(dead("later"))
+    await worker.follow.poll()
+    assert one.queue.empty()
+
+
+async def test_a_slow_watcher_is_lost_and_holds_up_nobody(worker: Worker, feed: FaultyFeed) -> None:
+    await worker.follow.poll()
+    async with worker.follow.subscribe() as slow, worker.follow.subscribe() as quick:
+        for number in range(WATCHER_CHANGES_MAX + 10):
+            await feed.append(dead(str(number)))
+            await worker.follow.poll()
+            assert quick.queue.get_nowait().revision == feed.memory.head
+        assert slow.lost
+        assert not quick.lost
+        # It can tell where its gap begins: nothing comes after it, even when there is room again.
+        slow.queue.get_nowait()
+        await worker.follow.poll()
+        revisions = [slow.queue.get_nowait().revision for _ in range(slow.queue.qsize())]
+        assert len(revisions) == WATCHER_CHANGES_MAX - 1
+        assert revisions == list(range(revisions[0], revisions[0] + len(revisions)))
+
+
+async def test_a_watcher_is_sent_back_to_a_snapshot_by_another_history(
+    worker: Worker, feed: FaultyFeed, clock: HandClock
+) -> None:
+    """Its deltas would leave out what the other history had below its own revision."""
+    await feed.append(dead("a"))
+    await worker.follow.poll()
+    watch = WatchChanges(feed, worker.follow, worker.state, clock)
+    events = watch(worker.state.revision)
+    seen: list[Event] = [await anext(events), await anext(events)]
+    revision = await feed.append(dead("b"))
+    await worker.follow.poll()
+    seen.append(await anext(events))
+    assert [(m.key, m.revision) for m in seen[-1].markers] == [(key("b"), revision)]
+    another_fingerprint(feed)
+    await worker.follow.poll()
+    with pytest.raises(AuthError) as caught:
+        await anext(events)
+    assert caught.value.reason is Reason.REVISION_COMPACTED
+    again = watch(0)
+    snapshot = await anext(again)
+    assert snapshot.snapshot
+    assert {m.key for m in snapshot.markers} == {key("a"), key("b"), EVERYTHING}
+    await again.aclose()  # type: ignore[attr-defined]
+
+
+# Polling
+
+
+@pytest.fixture
+def no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a poke makes it poll."""
+    monkeypatch.setattr(module, "POLL_S", 300.0)
+
+
+@pytest.mark.usefixtures("no_timer")
+async def test_a_poke_polls_at_once(worker: Worker, feed: FaultyFeed) -> None:
+    async with running(worker.follow):
+        await until(lambda: worker.state.revision > 0)
+        for number in range(5):
+            revision = await feed.append(dead(str(number)))
+            worker.follow.poke()
+            await until(lambda wanted=revision: worker.state.revision == wanted)  # type: ignore[misc]
+    assert len(feed.reads) == 6
+
+
+@pytest.mark.usefixtures("no_timer")
+async def test_reach_returns_as_soon_as_the_change_is_applied(
+    worker: Worker, feed: FaultyFeed
+) -> None:
+    async with running(worker.follow):
+        await until(lambda: worker.state.revision > 0)
+        for number in range(20):
+            revision = await feed.append(dead(str(number)))
+            await asyncio.gather(*(worker.follow.reach(revision) for _ in range(4)))
+            assert worker.state.revision == revision
+
+
+@pytest.mark.usefixtures("no_timer")
+async def test_a_change_made_during_a_read_is_not_left_to_the_next_second(
+    worker: Worker, feed: FaultyFeed
+) -> None:
+    answered, deliver = asyncio.Event(), asyncio.Event()
+
+    async def hold() -> None:
+        answered.set()
+        await deliver.wait()
+
+    async with running(worker.follow):
+        await until(lambda: worker.state.revision > 0)
+        feed.after = hold
+        worker.follow.poke()
+        await answered.wait()  # with an answer that does not hold the change
+        revision = await feed.append(dead("a"))
+        reached = asyncio.create_task(worker.follow.reach(revision))
+        await asyncio.sleep(0)
+        feed.after = None
+        deliver.set()
+        await reached
+        assert worker.state.is_dead(key("a"))
+
+
+async def test_reach_gives_up_where_the_feed_cannot_be_read(
+    worker: Worker, feed: FaultyFeed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "POLL_S", 0.01)
+    feed.before = unavailable
+    async with running(worker.follow):
+        revision = await feed.append(dead("a"))
+        await worker.follow.reach(revision)
+        await worker.follow.next_poll()
+        assert worker.state.revision == 0
+
+
+async def test_failures_do_not_end_the_polling(
+    worker: Worker, feed: FaultyFeed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "POLL_S", 0.001)
+    async with running(worker.follow):
+        await until(lambda: worker.state.revision > 0)
+        for number in range(3):
+            feed.before = unavailable
+            count = len(feed.reads)
+            await until(lambda start=count: len(feed.reads) > start + 2)  # type: ignore[misc]
+            feed.before = None
+            revision = await feed.append(dead(str(number)))
+            await until(lambda wanted=revision: worker.state.revision == wanted)  # type: ignore[misc]
+
+
+@pytest.mark.usefixtures("no_timer")
+async def test_next_poll_waits_for_a_poll(worker: Worker, feed: FaultyFeed) -> None:
+    async with running(worker.follow):
+        await until(lambda: worker.state.revision > 0)
+        waiting = [asyncio.create_task(worker.follow.next_poll()) for _ in range(3)]
+        await asyncio.sleep(0)
+        assert not any(task.done() for task in waiting)
+        worker.follow.poke()
+        await asyncio.gather(*waiting)
