@@ -117,7 +117,11 @@ class Follow:
 
     async def _raise_epoch(self, page: FeedPage) -> None:
         log.error("feed.other_history", head=page.head, applied=self._state.revision)
-        await self._store.raise_epoch(page, self._state.revision, cut_off=not self._synchronous)
+        # A head below the applied revision is proof that commits were lost, whoever vouched.
+        lost = page.head < self._state.revision
+        await self._store.raise_epoch(
+            page, self._state.revision, cut_off=lost or not self._synchronous
+        )
 
     async def run(self) -> None:
         """Polls until cancelled; a failure is logged and the state only grows older."""

@@ -49,5 +49,5 @@ class KeyRing:
 
 
 def trusted(key: SigningKey) -> bool:
-    """Whether the key's signatures are taken. A tainted one stays known, and dead by its marker."""
+    """Whether the key's signatures are taken; a tainted one's never are, marker or not."""
     return key.state is not KeyState.TAINTED

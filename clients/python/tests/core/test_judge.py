@@ -358,6 +358,20 @@ def test_judge_of_two_cutoffs_the_maximum_wins_in_both_orders(one: int, other: i
     assert rig(rig.token(rev=REVISION + 7)).active
 
 
+@pytest.mark.parametrize(("kind", "ids"), ALL_CUTOFFS)
+def test_judge_an_older_cutoff_of_the_same_kind_lifts_nothing(
+    kind: MarkerKind, ids: tuple[str, ...]
+) -> None:
+    rig = Rig()
+    token = rig.token()
+    assert rig(token).active
+    for revision in (REVISION + 7, REVISION - 7, REVISION + 3):
+        rig.mark(kind, *ids, revision=revision)
+        assert rig(token).reason is Reason.TOKEN_CUT_OFF
+        assert rig(rig.token(rev=REVISION + 6)).reason is Reason.TOKEN_CUT_OFF
+    assert rig(rig.token(rev=REVISION + 7)).active
+
+
 MARKS: list[tuple[MarkerKind, str, Reason, str]] = [
     (MarkerKind.TOKEN_DEAD, "jti-1", Reason.TOKEN_REVOKED, "jti"),
     (MarkerKind.TOKEN_DEAD, "rti-1", Reason.TOKEN_REVOKED, "rti"),
@@ -516,10 +530,10 @@ def test_judge_past_the_bound_answers_nothing_cached_or_not() -> None:
     assert rig(token, BOOT + 121).active
 
 
-@pytest.mark.parametrize("aud", [PAYMENTS, [ORDERS, PAYMENTS]], ids=["one", "among others"])
+@pytest.mark.parametrize("aud", [PAYMENTS, [ORDERS, PAYMENTS], [PAYMENTS, ORDERS]], ids=str)
 def test_judge_an_audience_has_its_own_lower_bound(aud: str | list[str]) -> None:
     rig = Rig()
-    rig.state.staleness = {PAYMENTS: 5.0, STRANGER: 1.0}
+    rig.state.staleness = {PAYMENTS: 5.0, STRANGER: 1.0, ORDERS: 50.0}
     token, other = rig.token(aud=aud), rig.token(aud=ORDERS)
     assert rig(token, BOOT + 5).active
     with pytest.raises(StateStale):

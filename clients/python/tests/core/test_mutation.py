@@ -170,7 +170,21 @@ def test_ecdsa_signature_of_another_length_is_refused(length: int) -> None:
     body = TOKEN.rpartition(".")[0]
     raw = (KEY.raw(body.encode()) + bytes(64))[:length]
     assert not RIG(f"{body}.{b64(raw)}").active
-    assert not RIG(f"{body}.{b64(raw.rjust(length, bytes(1)))}").active
+
+
+def test_ecdsa_halves_of_another_length_but_equal_value_are_refused() -> None:
+    body = TOKEN.rpartition(".")[0]
+    found: set[str] = set()
+    while found != {"r", "s"}:
+        raw = KEY.raw(body.encode())
+        assert RIG(f"{body}.{b64(raw)}").active
+        r, s = raw[:32], raw[32:]
+        wrong = [r + b"\0" + s, b"\0" + raw, b"\0" + r + b"\0" + s]
+        for name, half, other in (("r", r, r[1:] + s), ("s", s, r + s[1:])):
+            if half[0] == 0:
+                found.add(name)
+                wrong.append(other)
+        assert active(RIG(f"{body}.{b64(mutant)}") for mutant in wrong) == []
 
 
 def test_ecdsa_special_values_and_der_are_refused() -> None:

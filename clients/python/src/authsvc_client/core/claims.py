@@ -58,13 +58,13 @@ def parse_claims(payload: Mapping[str, Any]) -> Claims:
         scopes=_scopes(payload),
         revision=_number(payload, "rev"),
         not_before=_number(payload, "nbf") if "nbf" in payload else 0,
-        grant_id=_text_or_none(payload, "gid"),
-        session_id=_text_or_none(payload, "sid"),
-        root_jti=_text_or_none(payload, "rti"),
-        certificate_thumbprint=_text_or_none(confirmation, "x5t#S256"),
-        jwk_thumbprint=_text_or_none(confirmation, "jkt"),
+        grant_id=_optional_text(payload, "gid"),
+        session_id=_optional_text(payload, "sid"),
+        root_jti=_optional_text(payload, "rti"),
+        certificate_thumbprint=_optional_text(confirmation, "x5t#S256"),
+        jwk_thumbprint=_optional_text(confirmation, "jkt"),
         auth_time=_number(payload, "auth_time") if "auth_time" in payload else None,
-        acr=_text_or_none(payload, "acr"),
+        acr=_optional_text(payload, "acr"),
         amr=_texts(payload["amr"]) if "amr" in payload else (),
         actors=_actors(payload),
     )
@@ -86,7 +86,7 @@ def _text(names: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def _text_or_none(names: Mapping[str, Any], name: str) -> str:
+def _optional_text(names: Mapping[str, Any], name: str) -> str:
     """Empty where it is absent; where it is there it may not be empty."""
     return _text(names, name) if name in names else ""
 

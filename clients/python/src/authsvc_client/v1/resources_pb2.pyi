@@ -260,7 +260,7 @@ class ListResourcesRequest(_message.Message):
     page_size: _builtins.int
     """Most resources to answer: 1 to 200, 50 when 0."""
     page_token: _builtins.str
-    """`next_page_token` of the page before, with the same filter. At most 512 characters."""
+    """`next_page_token` of the page before, with the same filter. At most 1024 characters."""
     owner_client_id: _builtins.str
     """Only resources of this owner; empty means all. At most 64 characters."""
     def __init__(
