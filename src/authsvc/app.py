@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +78,6 @@ def prepare(settings: Settings, clock: Clock) -> Prepared:
     state_dir = settings.state_dir
     try:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        url = settings.database.url
         files, admins, directory = _certificates(settings, clock)
         if settings.seal_keys is not None:
             keys = parse_seal_keys(settings.seal_keys.get_secret_value())
@@ -84,17 +85,36 @@ def prepare(settings: Settings, clock: Clock) -> Prepared:
             keys = parse_seal_keys(kept(state_dir / "seal.key", new_seal_key().hex()))
         return Prepared(
             Sealer(keys),
-            url.get_secret_value()
-            if url is not None
-            else f"sqlite+aiosqlite:///{state_dir / 'authsvc.db'}",
-            kept(state_dir / "database.id", new_seal_key()[:16].hex()),
-            url is None,
+            database_url(settings),
+            database_id(settings),
+            settings.database.url is None,
             ServerTls(*files),
             admins,
             directory,
         )
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise StartError(f"{error.filename}: {error.strerror}") from error
+    except ValueError as error:
         raise StartError(str(error)) from error
+
+
+def address(host: str, port: int) -> str:
+    """Host and port as gRPC and URLs write them."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def database_url(settings: Settings) -> str:
+    """The database of the settings, or the one in the state directory."""
+    url = settings.database.url
+    if url is not None:
+        return url.get_secret_value()
+    return f"sqlite+aiosqlite:///{settings.state_dir / 'authsvc.db'}"
+
+
+def database_id(settings: Settings) -> str:
+    """Names the lineage of a SQLite file; made in the state directory where it is missing."""
+    settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return kept(settings.state_dir / "database.id", new_seal_key()[:16].hex())
 
 
 def kept(path: Path, fresh: str) -> str:
@@ -190,6 +210,7 @@ class App:
         pipeline = Pipeline(Peers(lambda: tls.authorities), policy, self.metrics, clock)
         self._rpc = RpcServer(pipeline, servicers, state, clock, reflect=settings.reflection)
         self._http: HttpServer | None = None
+        self._stopping = False
         self.port = self.health_port = self.metrics_port = 0
 
     def _client_cas(self) -> frozenset[str]:
@@ -216,8 +237,10 @@ class App:
             }
 
     def is_ready(self) -> bool:
-        """Whether tokens can be judged now."""
-        return self.state.age(self._clock.boot()) <= self.state.staleness_max_s
+        """Whether tokens can be judged now, and more calls are welcome."""
+        return (
+            not self._stopping and self.state.age(self._clock.boot()) <= self.state.staleness_max_s
+        )
 
     async def start(self) -> None:
         """Serves when it returns. Raises AuthError, or StartError where an address is taken."""
@@ -234,12 +257,17 @@ class App:
             )
             self.port, self.health_port = await self._rpc.start(
                 self._prepared.tls.credentials(),
-                f"{listen.host}:{listen.port}",
-                f"{listen.health_host}:{listen.health_port}",
+                address(listen.host, listen.port),
+                address(listen.health_host, listen.health_port),
             )
         except (OSError, RuntimeError) as error:
             await self.stop()
-            raise StartError(f"cannot listen ({error}): is another server running?") from error
+            if isinstance(error, OSError):
+                taken = address(listen.metrics_host, listen.metrics_port)
+                where = f"{taken} ({os.strerror(error.errno or 0)})"
+            else:  # "Failed to bind to address …; advice about gRPC's own log"
+                where = str(error).partition(";")[0].rpartition(" ")[2]
+            raise StartError(f"cannot listen on {where}: is a server running there?") from error
         self.metrics_port = self._http.port
         self._http.start()
         self._gauges()
@@ -262,6 +290,7 @@ class App:
 
     async def stop(self) -> None:
         """NOT_SERVING, then calls under way end, then everything is given back."""
+        self._stopping = True
         await self._rpc.stop(self._settings.drain_s)
         await self._tasks.stop()
         if self._http is not None:
@@ -301,13 +330,40 @@ def open_database(url: str, database_id: str) -> Database:
         raise StartError(f"database.url {shown}: not usable ({type(error).__name__})") from error
 
 
-async def serve(app: App) -> None:
-    """Runs until SIGTERM or SIGINT."""
+async def migrate(settings: Settings, *, check: bool) -> tuple[str, Schema]:
+    """The database, without its password, and what it held; brought up to date unless `check`.
+
+    UNKNOWN is left alone. Raises StartError, or AuthError where the database is away.
+    """
+    url = database_url(settings)
+    lineage = "" if check else database_id(settings)
+    database = open_database(url, lineage)
+    try:
+        shown = database.url.render_as_string(hide_password=True)
+        if check and database.is_missing():
+            return shown, Schema.EMPTY  # to look into it would make it
+        return shown, await (standing(database) if check else upgrade(database))
+    finally:
+        await database.close()
+
+
+def settle() -> None:
+    """Spares every later garbage collection what lives as long as the process."""
+    gc.collect()
+    gc.freeze()
+
+
+async def serve(app: App, ready: Callable[[], None] | None = None) -> None:
+    """Runs until SIGTERM or SIGINT; calls `ready` once these end it well."""
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
+    settle()
+    if ready is not None:
+        ready()
     await ended.wait()
     log.info("server.draining")
+    loop.remove_signal_handler(signal.SIGINT)  # who presses Ctrl-C again does not want to wait
     await app.stop()
     log.info("server.stopped")

@@ -1,12 +1,14 @@
 """Settings: flag over environment over file over default."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -130,6 +132,8 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         file = os.environ.get(CONFIG_VARIABLE)
+        if isinstance(env_settings, EnvSettingsSource):
+            env_settings.env_vars = _with_files(env_settings.env_vars)
         toml = (TomlConfigSettingsSource(settings_cls, Path(file)),) if file else ()
         return (init_settings, env_settings, *toml)
 
@@ -185,6 +189,16 @@ CONFIG_VARIABLE = "AUTHSVC_CONFIG"
 SECRET_VARIABLES = ("AUTHSVC_SEAL_KEYS", "AUTHSVC_DATABASE__URL")
 
 
+def _with_files(variables: Mapping[str, str | None]) -> Mapping[str, str | None]:
+    """The environment, in lower case, with the content of the files that it names."""
+    found = dict(variables)
+    for variable in map(str.lower, SECRET_VARIABLES):
+        file = found.pop(variable + _FILE_SUFFIX.lower(), None)  # pydantic would not know it
+        if file and not found.get(variable):
+            found[variable] = Path(file).read_text(encoding="utf-8").strip()
+    return found
+
+
 def load(config: Path | None = None, **flags: Any) -> Settings:
     """Settings of this process; `AUTHSVC_…_FILE` names a file that holds a secret.
 
@@ -195,8 +209,4 @@ def load(config: Path | None = None, **flags: Any) -> Settings:
         os.environ[CONFIG_VARIABLE] = str(config)
     if file := os.environ.get(CONFIG_VARIABLE):
         Path(file).read_bytes()  # pydantic passes over a file that is not there
-    for variable in SECRET_VARIABLES:
-        file = os.environ.get(variable + _FILE_SUFFIX)
-        if file and variable not in os.environ:
-            os.environ[variable] = Path(file).read_text(encoding="utf-8").strip()
     return Settings(**{name: value for name, value in flags.items() if value is not None})

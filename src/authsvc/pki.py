@@ -119,6 +119,21 @@ def issue(
     return certificate.public_bytes(serialization.Encoding.PEM), _key_pem(key)
 
 
+def read(file: Path) -> x509.Certificate:
+    """The certificate of a file in PEM; ValueError where it is none."""
+    try:
+        return x509.load_pem_x509_certificate(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: not a certificate in PEM") from error
+
+
+def names(certificate: x509.Certificate) -> tuple[str, list[str]]:
+    """SPIFFE ID and DNS names of a certificate of this PKI."""
+    found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    (uri,) = found.get_values_for_type(x509.UniformResourceIdentifier)
+    return uri, found.get_values_for_type(x509.DNSName)
+
+
 def is_current(authority: Authority, directory: Path, name: str, until: float) -> bool:
     """Whether the directory holds this pair, issued by this CA and valid until `until`."""
     certificate_file, key_file = _files(directory, name)

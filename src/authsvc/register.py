@@ -23,7 +23,7 @@ from authsvc.model import (
     peer_names,
 )
 from authsvc.oauth.spiffe import parse_workload
-from authsvc.store.port import ClientStore
+from authsvc.store.port import ClientStore, name_taken
 
 _METHODS = frozenset({AuthMethod.CLIENT_SECRET_POST, AuthMethod.TLS_CLIENT_AUTH})
 """What this version can do; the rest of AuthMethod is NOT_IMPLEMENTED."""
@@ -94,6 +94,7 @@ class RegisterClient:
             registrant=caller.name if caller is not None else _name(peer),
         )
         if dry:
+            await self._require_free(identity)
             return Registered(replace(client, client_id=""))
         secret = ""
         if AuthMethod.CLIENT_SECRET_POST in metadata.auth_methods:
@@ -111,6 +112,8 @@ class RegisterClient:
                 raise invalid("tls_client_auth_ca", "needs a certificate name")
             return None
         value = asked.identity_value
+        if not value:
+            raise invalid(f"tls_client_auth_{asked.identity_kind.value}", "is empty")
         if asked.identity_kind is IdentityKind.SAN_URI:
             try:
                 parse_workload(value)
@@ -125,6 +128,14 @@ class RegisterClient:
         if len(candidates) != 1:
             raise invalid("tls_client_auth_ca", "name one of the listener's client CAs")
         return CertificateIdentity(asked.identity_kind, value, next(iter(candidates)))
+
+    async def _require_free(self, identity: CertificateIdentity | None) -> None:
+        """What the store says of a name that is taken, without a change."""
+        if identity is None:
+            return
+        found = await self._store.by_identity([(identity.kind, identity.value)])
+        if any(client.metadata.identity == identity for client in found):
+            raise name_taken()
 
     async def _require_known(self, metadata: ClientMetadata) -> None:
         catalog = await self._catalog()

@@ -9,6 +9,7 @@ _STATES = {
     ClientState.EXPIRED: Reason.CLIENT_EXPIRED,
     ClientState.SUSPENDED: Reason.CLIENT_SUSPENDED,
 }
+NOT_LET_IN = frozenset(_STATES.values())
 
 
 def require_let_in(client: Client, now: float) -> None:

@@ -1,5 +1,7 @@
 """Between the wire's messages and the model's values; dull, and complete."""
 
+from dataclasses import replace
+
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -14,6 +16,7 @@ from authsvc.model import (
     TokenFormat,
 )
 from authsvc.register import Registration
+from authsvc.rpc.limits import field_invalid
 from authsvc_client.core.claims import Claims
 from authsvc_client.core.judge import Question, Verdict
 from authsvc_client.core.markers import Marker
@@ -38,6 +41,12 @@ def timestamp(seconds: float | None) -> Timestamp | None:
         return None
     whole = int(seconds)
     return Timestamp(seconds=whole, nanos=int((seconds - whole) * 1e9))
+
+
+def _set_time(stamp: Timestamp, seconds: float) -> None:
+    whole = int(seconds)
+    stamp.seconds = whole
+    stamp.nanos = int((seconds - whole) * 1e9)
 
 
 def require_absent(message: object, *fields: str) -> None:
@@ -119,7 +128,7 @@ def resource(message: resources_pb2.Resource) -> Resource:
     require_absent(message, "encryption_jwk", "freeze_permissions")
     names = [scope.name for scope in message.scopes]
     if len(set(names)) != len(names):
-        raise AuthError(Reason.FIELD_INVALID, "resource.scopes has an item twice")
+        raise field_invalid("resource.scopes", "has an item twice")
     bounded = message.HasField("staleness_max")
     lifetime = message.token_lifetime.seconds if message.HasField("token_lifetime") else 300
     return Resource(
@@ -168,52 +177,83 @@ def issued_pb(answer: TokenAnswer) -> auth_pb2.IssuedToken:
     )
 
 
-def question(request: auth_pb2.ValidateTokenRequest, audiences: frozenset[str]) -> Question:
-    """What a token is asked. Raises AuthError NOT_IMPLEMENTED for what is not judged yet."""
-    require_absent(request, "required_permissions", "acr_values")
-    if request.HasField("max_age"):
-        raise not_implemented("max_age")
-    if request.view == auth_pb2.TOKEN_VIEW_FULL:
-        raise not_implemented("view FULL")
-    if request.HasField("consistency"):
-        level = request.consistency.WhichOneof("level")
-        if level not in (None, "bounded"):
-            raise not_implemented(f"consistency {level}")
-    thumbprint = ""
-    if request.HasField("presenter"):
-        if request.presenter.HasField("dpop"):
-            raise not_implemented("presenter dpop")
-        thumbprint = request.presenter.certificate_thumbprint
-    return Question(
-        audiences,
-        request.audience,
-        frozenset(request.required_scopes),
-        thumbprint,
-        request.require_bound,
-    )
+class Asked:
+    """What a ValidateTokenRequest asks, whoever sends it: made once for the same bytes."""
+
+    __slots__ = ("_question", "token", "view")
+
+    def __init__(self, request: auth_pb2.ValidateTokenRequest) -> None:
+        """Raises AuthError NOT_IMPLEMENTED for what is not judged yet."""
+        require_absent(request, "required_permissions", "acr_values")
+        if request.HasField("max_age"):
+            raise not_implemented("max_age")
+        if request.view == auth_pb2.TOKEN_VIEW_FULL:
+            raise not_implemented("view FULL")
+        if request.HasField("consistency"):
+            level = request.consistency.WhichOneof("level")
+            if level not in (None, "bounded"):
+                raise not_implemented(f"consistency {level}")
+        thumbprint = ""
+        if request.HasField("presenter"):
+            if request.presenter.HasField("dpop"):
+                raise not_implemented("presenter dpop")
+            thumbprint = request.presenter.certificate_thumbprint
+        self.token = request.token
+        self.view = request.view
+        self._question = Question(
+            frozenset(),
+            request.audience,
+            frozenset(request.required_scopes),
+            thumbprint,
+            request.require_bound,
+        )
+
+    def by(self, audiences: frozenset[str]) -> Question:
+        """The question of an asker who may validate for these audiences."""
+        if self._question.audiences is not audiences:
+            self._question = replace(self._question, audiences=audiences)
+        return self._question
 
 
-def verdict_pb(
-    verdict: Verdict, view: auth_pb2.TokenView.ValueType
-) -> auth_pb2.ValidateTokenResponse:
-    """A verdict; one that the asker may not see says that it is not active, and nothing else."""
+class VerdictEncoder:
+    """Verdicts as bytes of ValidateTokenResponse.
+
+    For an active token one message is filled in again and again: to make one took longer than to
+    judge. Its claims are encoded once and put behind, which protobuf reads as one message.
+    """
+
+    def __init__(self) -> None:
+        self._active = auth_pb2.ValidateTokenResponse(active=True)
+        self._check_time = self._active.check_time
+        self._reusable_until = self._active.reusable_until
+
+    def __call__(self, verdict: Verdict, view: auth_pb2.TokenView.ValueType) -> bytes:
+        verified = verdict.verified
+        if not verdict.active or verified is None:
+            return bytes(_refusal_pb(verdict).SerializeToString())
+        self._active.revision = verdict.revision
+        _set_time(self._check_time, verdict.check_time)
+        _set_time(self._reusable_until, verdict.reusable_until)
+        raw = self._active.SerializeToString()
+        if view != auth_pb2.TOKEN_VIEW_CLAIMS:
+            return raw
+        if verified.encoded is None:
+            claims = auth_pb2.ValidateTokenResponse(claims=claims_pb(verified.claims))
+            verified.encoded = claims.SerializeToString()
+        return raw + verified.encoded
+
+
+def _refusal_pb(verdict: Verdict) -> auth_pb2.ValidateTokenResponse:
+    """One that the asker may not see says that the token is not active, and nothing else."""
     if not verdict.visible:
         return auth_pb2.ValidateTokenResponse()
-    answer = auth_pb2.ValidateTokenResponse(
-        active=verdict.active,
+    return auth_pb2.ValidateTokenResponse(
         reason=error_reason_pb2.ErrorReason.ValueType(verdict.reason),
         revision=verdict.revision,
         check_time=timestamp(verdict.check_time),
         reusable_until=timestamp(verdict.reusable_until),
+        missing_scopes=sorted(verdict.missing_scopes),
     )
-    if verdict.missing_scopes:
-        answer.missing_scopes.extend(sorted(verdict.missing_scopes))
-    verified = verdict.verified
-    if verdict.active and verified is not None and view == auth_pb2.TOKEN_VIEW_CLAIMS:
-        if verified.encoded is None:
-            verified.encoded = claims_pb(verified.claims)
-        answer.claims.CopyFrom(verified.encoded)
-    return answer
 
 
 def claims_pb(claims: Claims) -> auth_pb2.TokenClaims:

@@ -1,7 +1,7 @@
-"""The one table of what request fields may hold (bytes of UTF-8 count as characters)."""
+"""The one table of what request fields may hold."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
@@ -13,11 +13,30 @@ MESSAGE_BYTES_MAX = 4 * 2**20
 METADATA_BYTES_MAX = 16 * 2**10
 VIOLATIONS_MAX = 16
 
+
+def field_invalid(field: str, wrong: str) -> AuthError:
+    """The refusal of one field, for what no table can say."""
+    return AuthError(
+        Reason.FIELD_INVALID, f"{field} {wrong}", violations=(FieldViolation(field, wrong),)
+    )
+
+
 Check = Callable[[Any], str | None]
 
 
 def text(chars_max: int) -> Check:
-    """A text of at most so many characters."""
+    """A text of at most so many characters, which any database can hold."""
+
+    def check(value: str) -> str | None:
+        if len(value) > chars_max:
+            return f"is longer than {chars_max}"
+        return "holds a NUL" if "\0" in value else None
+
+    return check
+
+
+def compared(chars_max: int) -> Check:
+    """A text that is compared, and never stored or looked up."""
     return lambda value: f"is longer than {chars_max}" if len(value) > chars_max else None
 
 
@@ -27,9 +46,11 @@ def texts(items_max: int, chars_max: int) -> Check:
     def check(values: Any) -> str | None:
         if len(values) > items_max:
             return f"has more than {items_max} items"
-        if any(not 0 < len(value) <= chars_max for value in values):
-            return f"has an item that is empty or longer than {chars_max}"
-        return "has an item twice" if len(set(values)) != len(values) else None
+        unique = set(values)
+        for value in unique:
+            if not 0 < len(value) <= chars_max:
+                return f"has an item that is empty or longer than {chars_max}"
+        return "has an item twice" if len(unique) != len(values) else None
 
     return check
 
@@ -110,10 +131,10 @@ LIMITS: Mapping[str, Mapping[str, Check]] = {
     "StrongConsistency": {},
     "Consistency": {"bounded": inside, "at_least": number(0, 2**63 - 1), "strong": inside},
     "DpopPresentation": {"proof": text(4096), "method": text(16), "uri": URI},
-    "Presenter": {"certificate_thumbprint": text(43), "dpop": inside},
+    "Presenter": {"certificate_thumbprint": compared(43), "dpop": inside},
     "ValidateTokenRequest": {
         "token": anything,  # one over TOKEN_CHARS_MAX is not active
-        "audience": RESOURCE_ID,
+        "audience": compared(512),
         "required_scopes": texts(64, 128),
         "required_permissions": texts(64, 128),
         "acr_values": texts(16, 128),
@@ -185,7 +206,8 @@ LIMITS: Mapping[str, Mapping[str, Check]] = {
     },
     "CreateResourceRequest": {"resource": inside},
     "GetResourceRequest": {"resource_id": RESOURCE_ID},
-    "ListResourcesRequest": {**PAGE, "owner_client_id": ID},
+    # A sealed id of a resource is longer than the id itself.
+    "ListResourcesRequest": {**PAGE, "page_token": text(1024), "owner_client_id": ID},
 }
 """Message -> field -> check. A field that is not here makes the server refuse to start."""
 
@@ -210,29 +232,39 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
 
 assert TOKEN_CHARS_MAX < MESSAGE_BYTES_MAX
 
-Fields = Mapping[str, tuple[Check, "Shape | None", bool]]
+
+class _Field(NamedTuple):
+    """A field with a limit."""
+
+    name: str
+    has_presence: bool
+    """A message that may be absent; other fields are checked unless they hold their default."""
+    check: Check
+    shape: "Shape | None"
+    items_max: int
+    """Of a repeated message; 0 for others."""
 
 
 class Shape:
-    """The prepared limits of one message type."""
+    """The prepared limits of one message type.
+
+    Fields are read by name: `ListFields` makes objects for all, which took longer than the checks.
+    """
 
     def __init__(self, descriptor: Descriptor | None) -> None:
         """KeyError where a field has no limit in the table."""
         assert descriptor is not None
-        name = descriptor.name
-        table = LIMITS[name]
-        self._required = REQUIRED.get(name, ())
-        self._fields: Fields = {
-            field.name: (
-                _known(field) if table[field.name] is choice else table[field.name],
-                Shape(field.message_type) if table[field.name] is inside else None,
-                field.is_repeated,
-            )
-            for field in descriptor.fields
-        }
-        self._items_max = {
-            field.name: ITEMS_MAX.get(f"{name}.{field.name}", 1) for field in descriptor.fields
-        }
+        table = LIMITS[descriptor.name]
+        limited = [(field, table[field.name]) for field in descriptor.fields]
+        self._fields = [
+            _field(field, check, descriptor.name)
+            for field, check in limited
+            if check is not anything
+        ]
+        required = REQUIRED.get(descriptor.name, ())
+        self._required = [
+            (name, descriptor.fields_by_name[name].message_type is not None) for name in required
+        ]
 
     def check(self, message: Message) -> None:
         """Raises AuthError FIELD_INVALID that names what is wrong."""
@@ -247,29 +279,46 @@ class Shape:
 
     def violations(self, message: Message, prefix: str) -> list[FieldViolation]:
         """What is wrong with a message that stands at `prefix` of the request."""
-        wrong = []
-        present = message.ListFields()
-        for field, value in present:
-            check, shape, repeated = self._fields[field.name]
+        wrong: list[FieldViolation] = []
+        for name, has_presence, check, shape, items_max in self._fields:
+            if has_presence and not message.HasField(name):
+                continue
+            value = getattr(message, name)
+            if not value:
+                continue
             found = check(value)
             if found is not None:
-                wrong.append(FieldViolation(prefix + field.name, found))
-            elif shape is not None and repeated:
-                if len(value) > self._items_max[field.name]:
-                    wrong.append(FieldViolation(prefix + field.name, "has too many items"))
-                    continue
-                for index, item in enumerate(value):
-                    wrong += shape.violations(item, f"{prefix}{field.name}[{index}].")
+                wrong.append(FieldViolation(prefix + name, found))
+            elif items_max:
+                wrong += _in_items(value, shape, f"{prefix}{name}", items_max)
             elif shape is not None:
-                wrong += shape.violations(value, f"{prefix}{field.name}.")
-        if self._required:
-            names = {field.name for field, _ in present}
-            wrong += [
-                FieldViolation(prefix + name, "is required")
-                for name in self._required
-                if name not in names
-            ]
+                wrong += shape.violations(value, f"{prefix}{name}.")
+        for name, is_message in self._required:
+            if not (message.HasField(name) if is_message else getattr(message, name)):
+                wrong.append(FieldViolation(prefix + name, "is required"))
         return wrong
+
+
+def _field(field: FieldDescriptor, check: Check, message: str) -> _Field:
+    is_message = field.message_type is not None
+    return _Field(
+        name=field.name,
+        has_presence=is_message and not field.is_repeated,
+        check=_known(field) if check is choice else check,
+        shape=Shape(field.message_type) if check is inside else None,
+        items_max=ITEMS_MAX[f"{message}.{field.name}"] if is_message and field.is_repeated else 0,
+    )
+
+
+def _in_items(
+    items: Any, shape: Shape | None, place: str, items_max: int
+) -> Iterable[FieldViolation]:
+    assert shape is not None
+    if len(items) > items_max:
+        yield FieldViolation(place, "has too many items")
+        return
+    for index, item in enumerate(items):
+        yield from shape.violations(item, f"{place}[{index}].")
 
 
 def _known(field: FieldDescriptor) -> Check:

@@ -6,14 +6,15 @@ Order: deadline, peer, who may call, limits, the verb; around it errors, metrics
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import structlog
 from google.protobuf.descriptor import MethodDescriptor
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from authsvc.clock import Clock
@@ -23,10 +24,13 @@ from authsvc.rpc import status
 from authsvc.rpc.limits import Shape
 from authsvc.rpc.peer import Peers
 from authsvc.rpc.policy import Policy, Rule, rule_of
+from authsvc.rpc.timelimit import TimeLimit
 from authsvc.telemetry import Metrics
+from authsvc_client.core.cache import BytesCache
 
 DEADLINE_S_MAX = 30.0
 REQUEST_ID_KEY = "x-request-id"
+PREPARED_BYTES_MAX = 32 * 2**20
 
 log = structlog.get_logger()
 
@@ -63,8 +67,13 @@ class Call:
         )
 
 
-Unary = Callable[[Any, Call], Awaitable[Message]]
-Stream = Callable[[Any, Call], AsyncIterator[Message]]
+Unary = Callable[[Any, Call], Awaitable[Message | bytes]]
+Stream = Callable[[Any, Call], AsyncGenerator[Message, None]]
+Prepare = Callable[[Any], object]
+"""Makes of a request what depends on its bytes alone; raises AuthError."""
+Decode = Callable[[bytes], Message]
+Read = Callable[[bytes], Any]
+Encode = Callable[[Any], bytes]
 
 
 class Pipeline:
@@ -75,6 +84,12 @@ class Pipeline:
         self._policy = policy
         self._metrics = metrics
         self._clock = clock
+        self._limit = TimeLimit(DEADLINE_S_MAX)
+        self._draining = False
+
+    def drain(self) -> None:
+        """Ends the streams, each with its next message; other calls go on."""
+        self._draining = True
 
     def handler(
         self, method: MethodDescriptor, servicer: object
@@ -85,47 +100,59 @@ class Pipeline:
         """
         rule = rule_of(method)
         implementation = getattr(servicer, method.name, None)
-        request = GetMessageClass(method.input_type)
-        decode, encode = request.FromString, GetMessageClass(method.output_type).SerializeToString
+        # Bytes are decoded within: what gRPC itself cannot decode it answers with Python's words.
+        decode = GetMessageClass(method.input_type).FromString
+        encode = GetMessageClass(method.output_type).SerializeToString
         shape = Shape(method.input_type) if implementation is not None else None
+        prepare = getattr(servicer, "prepared", {}).get(method.name)
+        read = _reader(decode, shape, prepare)
         implementation = implementation or _not_built(method)
         if method.server_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                self._stream(method, rule, shape, implementation), decode, encode
+                self._stream(method, rule, read, implementation, encode)
             )
         return grpc.unary_unary_rpc_method_handler(
-            self._unary(method, rule, shape, implementation), decode, encode
+            self._unary(method, rule, read, implementation, encode)
         )
 
-    async def _admit(
-        self, rule: Rule, shape: Shape | None, request: Message, context: Context, given: str
-    ) -> Call:
+    async def _admit(self, rule: Rule, context: Context, given: str) -> Call:
         now = self._clock.wall()
         peer = self._peers(context.auth_context(), now)
         caller = None if rule.public else await self._policy(rule, peer, given, now)
-        if shape is not None:
-            shape.check(request)
         return Call(peer, given, now, caller, self._policy)
 
     def _unary(
-        self, method: MethodDescriptor, rule: Rule, shape: Shape | None, implementation: Unary
-    ) -> Callable[[Message, Context], Awaitable[Message]]:
-        name = method.full_name
+        self,
+        method: MethodDescriptor,
+        rule: Rule,
+        read: Read,
+        implementation: Unary,
+        encode: Encode,
+    ) -> Callable[[bytes, Context], Awaitable[bytes]]:
+        name, limit = method.full_name, self._limit
         observe = self._metrics.seconds.labels(name).observe
         succeeded = self._metrics.calls.labels(name, "OK").inc
 
-        async def unary(request: Message, context: Context) -> Message:
+        async def unary(raw: bytes, context: Context) -> bytes:
             started = _seconds()
-            authorization = request_id = ""
+            request_id = ""
+            task = limit.begin(started)
             try:
                 authorization, request_id = _metadata(context)
-                async with asyncio.timeout(DEADLINE_S_MAX):
-                    call = await self._admit(rule, shape, request, context, authorization)
-                    response = await implementation(request, call)
-            except Exception as error:
-                await self._fail(name, error, context, request_id)
+                call = await self._admit(rule, context, authorization)
+                answer = await implementation(read(raw), call)
+                response = answer if isinstance(answer, bytes) else encode(answer)
+            except asyncio.CancelledError:
+                if not limit.exceeded(task):
+                    raise
+                await self._fail(name, TimeoutError(), context, request_id)
                 raise  # not reached: _fail aborts
+            except Exception as error:
+                limit.end(task)
+                await self._fail(name, error, context, request_id)
+                raise  # not reached
             finally:
+                limit.end(task)
                 observe(_seconds() - started)
             if request_id:
                 context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
@@ -135,18 +162,28 @@ class Pipeline:
         return unary
 
     def _stream(
-        self, method: MethodDescriptor, rule: Rule, shape: Shape | None, implementation: Stream
-    ) -> Callable[[Message, Context], AsyncIterator[Message]]:
+        self,
+        method: MethodDescriptor,
+        rule: Rule,
+        read: Read,
+        implementation: Stream,
+        encode: Encode,
+    ) -> Callable[[bytes, Context], AsyncIterator[bytes]]:
         name = method.full_name
         succeeded = self._metrics.calls.labels(name, "OK").inc
 
-        async def stream(request: Message, context: Context) -> AsyncIterator[Message]:
+        async def stream(raw: bytes, context: Context) -> AsyncIterator[bytes]:
             request_id = ""
             try:
                 authorization, request_id = _metadata(context)
-                call = await self._admit(rule, shape, request, context, authorization)
-                async for response in implementation(request, call):
-                    yield response
+                call = await self._admit(rule, context, authorization)
+                async with aclosing(implementation(read(raw), call)) as responses:
+                    async for response in responses:
+                        # A stream outlives certificates, tokens and approvals.
+                        await self._admit(rule, context, authorization)
+                        if self._draining:
+                            raise AuthError(Reason.DRAINING)
+                        yield encode(response)
             except Exception as error:
                 await self._fail(name, error, context, request_id)
             succeeded()
@@ -157,7 +194,7 @@ class Pipeline:
         """Ends the call with what may be told; cancellation and aborts never come here."""
         if isinstance(error, grpc.aio.AbortError):
             raise error
-        told, incident = status.public(error)
+        told, incident = status.public(_as_refusal(error))
         code = status.grpc_code(told.rule.code)
         self._metrics.calls.labels(name, code.name).inc()
         if incident:
@@ -169,20 +206,54 @@ class Pipeline:
         trailers: list[tuple[str, str | bytes]] = [(status.DETAILS_KEY, status.details(told))]
         if request_id:
             trailers.append((REQUEST_ID_KEY, request_id))
-        await context.abort(code, told.text, tuple(trailers))
+        await context.abort(code, status.text(told), tuple(trailers))
+
+
+def _as_refusal(error: Exception) -> Exception:
+    """What the pipeline itself raises, as what it means to the caller."""
+    if isinstance(error, DecodeError):
+        return AuthError(Reason.FIELD_INVALID, "the message cannot be decoded")
+    if isinstance(error, TimeoutError):
+        limit = {"limit_seconds": f"{DEADLINE_S_MAX:g}"}
+        return AuthError(Reason.DEADLINE_EXCEEDED, metadata=limit)
+    return error
+
+
+def _reader(decode: Decode, shape: Shape | None, prepare: Prepare | None) -> Read:
+    """From bytes to a request within its limits; with `prepare`, the same bytes are read once."""
+
+    def read(raw: bytes) -> Message:
+        request = decode(raw)
+        if shape is not None:
+            shape.check(request)
+        return request
+
+    if prepare is None:
+        return read
+    known: BytesCache[bytes, object] = BytesCache(PREPARED_BYTES_MAX)
+
+    def recall(raw: bytes) -> object:
+        found = known.get(raw)
+        if found is None:
+            found = prepare(read(raw))
+            known.put(raw, found, 2 * len(raw) + 2048)  # the bytes, and what was made of them
+        return found
+
+    return recall
 
 
 def _metadata(context: Context) -> tuple[str, str]:
     """`authorization` and `x-request-id` of a call; AuthError where one comes twice."""
-    authorization = request_id = ""
+    authorization: str | None = None
+    request_id = ""
     for key, value in context.invocation_metadata() or ():
         if key == "authorization":
-            if authorization or not isinstance(value, str):
+            if authorization is not None or not isinstance(value, str):
                 raise AuthError(Reason.AUTH_METHOD_AMBIGUOUS, "authorization comes twice")
             authorization = value
         elif key == REQUEST_ID_KEY and isinstance(value, str) and _request_id(value):
             request_id = value
-    return authorization, request_id
+    return authorization or "", request_id
 
 
 def _not_built(method: MethodDescriptor) -> Any:

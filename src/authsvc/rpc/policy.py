@@ -10,6 +10,7 @@ from authsvc.errors import AuthError, Reason
 from authsvc.model import (
     ANY_AUDIENCE,
     OWN_SCOPES,
+    AuthMethod,
     Caller,
     Catalog,
     CertificateIdentity,
@@ -76,11 +77,9 @@ class Policy:
         caller = await self.find(peer, authorization, now)
         if caller is None:
             raise AuthError(Reason.CALLER_UNKNOWN)
-        missing = rule.scopes - caller.scopes
-        if missing:
-            raise AuthError(
-                Reason.INSUFFICIENT_SCOPE, metadata={"scope": " ".join(sorted(missing))}
-            )
+        if not rule.scopes <= caller.scopes:
+            missing = " ".join(sorted(rule.scopes - caller.scopes))
+            raise AuthError(Reason.INSUFFICIENT_SCOPE, metadata={"scope": missing})
         return caller
 
     async def find(self, peer: Peer, authorization: str, now: float) -> Caller | None:
@@ -91,11 +90,15 @@ class Policy:
             return Caller(
                 peer.spiffe_id, "", frozenset(OWN_SCOPES), frozenset({ANY_AUDIENCE}), peer
             )
-        client = await self._clients.by_peer(peer, now)
+        client = self._clients.held(peer, now) or await self._clients.by_peer(peer, now)
         if client is None:
             return None
         require_let_in(client, now)
-        return await self._as_client(client, peer)
+        catalog = await self._catalog()
+        held = self._callers.get(peer.thumbprint)
+        if held is not None and held[0] is peer and held[1] is client and held[2] is catalog:
+            return held[3]
+        return self._as_client(client, peer, catalog)
 
     def _is_admin(self, peer: Peer, now: float) -> bool:
         ca = self._admin_ca()
@@ -103,11 +106,10 @@ class Policy:
             return False
         return CertificateIdentity(IdentityKind.SAN_URI, peer.spiffe_id, ca).matches(peer, now)
 
-    async def _as_client(self, client: Client, peer: Peer) -> Caller:
-        catalog = await self._catalog()
-        held = self._callers.get(peer.thumbprint)
-        if held is not None and held[0] is peer and held[1] is client and held[2] is catalog:
-            return held[3]
+    def _as_client(self, client: Client, peer: Peer, catalog: Catalog) -> Caller | None:
+        """None where the client did not register its certificate as a way to authenticate."""
+        if AuthMethod.TLS_CLIENT_AUTH not in client.metadata.auth_methods:
+            return None
         audiences = client.metadata.validates | catalog.owned_by(client.client_id)
         caller = Caller(client.client_id, client.client_id, client.metadata.scopes, audiences, peer)
         self._callers.put(peer.thumbprint, (peer, client, catalog, caller), 4096)

@@ -53,7 +53,7 @@ HEALTH_INTERVAL_S = 0.5
 
 log = structlog.get_logger()
 
-_OPTIONS: tuple[tuple[str, int], ...] = (
+OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_metadata_size", METADATA_BYTES_MAX),
     ("grpc.absolute_max_metadata_size", METADATA_BYTES_MAX),
@@ -100,12 +100,13 @@ class RpcServer:
             for service in SERVICES
             for method in service.methods
         }
+        self._pipeline = pipeline
         self._state = state
         self._clock = clock
         self._health = health.aio.HealthServicer()
-        self._main = grpc.aio.server(options=_OPTIONS)
+        self._main = grpc.aio.server(options=OPTIONS)
         self._main.add_generic_rpc_handlers((_Handlers(handlers),))
-        self._plain = grpc.aio.server(options=_OPTIONS)
+        self._plain = grpc.aio.server(options=OPTIONS)
         for server in (self._main, self._plain):
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if reflect:
@@ -144,5 +145,6 @@ class RpcServer:
     async def stop(self, grace_s: float) -> None:
         """NOT_SERVING first; then no new calls, and those under way have `grace_s` to end."""
         await self._health.enter_graceful_shutdown()
+        self._pipeline.drain()
         await self._main.stop(grace_s)
         await self._plain.stop(0)

@@ -10,6 +10,11 @@ from authsvc_client.core.state import StateStale
 
 DOMAIN = "authsvc"
 DETAILS_KEY = "grpc-status-details-bin"
+TEXT_CHARS_MAX = 200
+"""Of what may quote the request: gRPC drops trailers of more than 8 KiB, and the error with them.
+
+A character is up to 12 bytes in the message, and as much again in the details.
+"""
 CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -18,9 +23,14 @@ def grpc_code(code: Code) -> grpc.StatusCode:
     return CODES[code.value]
 
 
+def text(error: AuthError) -> str:
+    """The message of an error, for people."""
+    return error.text[:TEXT_CHARS_MAX]
+
+
 def details(error: AuthError) -> bytes:
     """Serialised `google.rpc.Status` of an error."""
-    status = status_pb2.Status(code=error.rule.code.value, message=error.text)
+    status = status_pb2.Status(code=error.rule.code.value, message=text(error))
     info = error_details_pb2.ErrorInfo(
         reason=error.reason.name, domain=DOMAIN, metadata=dict(error.metadata)
     )
@@ -28,7 +38,9 @@ def details(error: AuthError) -> bytes:
     if error.violations:
         bad = error_details_pb2.BadRequest()
         for violation in error.violations:
-            bad.field_violations.add(field=violation.field, description=violation.text)
+            bad.field_violations.add(
+                field=violation.field, description=violation.text[:TEXT_CHARS_MAX]
+            )
         status.details.add().Pack(bad)
     if error.retry_after_s is not None:
         delay = Duration()
@@ -45,7 +57,5 @@ def public(error: BaseException) -> tuple[AuthError, str]:
     if isinstance(error, StateStale):
         age = f"{error.age_s:.1f}"
         return AuthError(Reason.STATE_STALE, metadata={"age_seconds": age}, retry_after_s=1.0), ""
-    if isinstance(error, TimeoutError):
-        return AuthError(Reason.DEADLINE_EXCEEDED), ""
     incident = new_id()
     return AuthError(Reason.INTERNAL, metadata={"incident": incident}), incident

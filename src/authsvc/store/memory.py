@@ -6,10 +6,19 @@ from dataclasses import dataclass, field, replace
 from authsvc.clock import Clock
 from authsvc.errors import AuthError, Reason
 from authsvc.model import Catalog, Client, ClientState, IdentityKind, KeyState, Resource, SigningKey
-from authsvc.store.port import Change, FeedPage, Store, Transition, distinct, nonce
-from authsvc.store.sql_clients import name_taken, require_step, review_changes
-from authsvc.store.sql_keys import KEYS_CHANGES
-from authsvc.store.sql_resources import RESOURCE_CHANGES
+from authsvc.store.port import (
+    KEYS_CHANGES,
+    RESOURCE_CHANGES,
+    Change,
+    FeedPage,
+    Store,
+    Transition,
+    distinct,
+    name_taken,
+    nonce,
+    require_step,
+    review_changes,
+)
 from authsvc_client.core.markers import MARKER_LIFETIME_S, Marker, MarkerKind, marker_key
 from authsvc_client.core.state import REVISIONS_PER_EPOCH
 
@@ -90,19 +99,24 @@ class MemoryClients:
         return tuple(wanted)[:limit]
 
     async def add(self, client: Client) -> None:
-        name = _name(client)
-        if client.client_id in self.rows or (name and await self.by_identity([name])):
+        if client.client_id in self.rows or self._is_taken(client):
             raise name_taken()
         self.rows[client.client_id] = client
+
+    def _is_taken(self, client: Client) -> bool:
+        identity = client.metadata.identity
+        return identity is not None and any(
+            row.metadata.identity == identity and row.state is not ClientState.REJECTED
+            for row in self.rows.values()
+            if row.client_id != client.client_id
+        )
 
     async def move(self, step: Transition) -> tuple[Client, int]:
         client = self.rows.get(step.client_id)
         if client is None:
             raise AuthError(Reason.CLIENT_NOT_FOUND)
         require_step(step, client.state, client.version)
-        name = _name(client)
-        holders = await self.by_identity([name] if name else [])
-        if step.to is not ClientState.REJECTED and any(other != client for other in holders):
+        if step.to is not ClientState.REJECTED and self._is_taken(client):
             raise name_taken()
         revision = await self.feed.append(review_changes(step))
         now = self.feed.clock.wall()

@@ -9,8 +9,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from authsvc.errors import AuthError, Reason
 from authsvc.model import Catalog, Client, ClientState, IdentityKind, Resource, SigningKey
-from authsvc_client.core.markers import Marker, MarkerKind
+from authsvc_client.core.markers import Marker, MarkerKind, marker_key
 
 Change = tuple[MarkerKind, bytes]
 """A kind and the key of what changed (markers.marker_key)."""
@@ -65,6 +66,36 @@ class FeedPage:
     """Those above the cursor; from cursor 0 all that are not over."""
     cursor_nonce: str | None
     """Nonce of the revision at the cursor, where it is still there."""
+
+
+def review_changes(step: Transition) -> list[Change]:
+    """What a review step tells everybody."""
+    kinds = [MarkerKind.CLIENT_CHANGED] + [MarkerKind.CUTOFF_CLIENT] * step.cut_off
+    return [(kind, marker_key(kind, step.client_id)) for kind in kinds]
+
+
+def require_step(step: Transition, state: ClientState, version: int) -> None:
+    """Raises unless the step may be taken from here."""
+    if state not in step.allowed_from:
+        raise AuthError(Reason.CLIENT_STATE_CONFLICT, state.name, metadata={"state": state.name})
+    if step.version is not None and step.version != version:
+        raise AuthError(Reason.ETAG_MISMATCH)
+
+
+def name_taken(cause: str = "") -> AuthError:
+    """The refusal of a second client with one certificate name."""
+    return AuthError(
+        Reason.ALREADY_EXISTS,
+        "certificate name",
+        metadata={"field": "metadata.tls_client_auth"},
+        cause=cause,
+    )
+
+
+RESOURCE_CHANGES: list[Change] = [
+    (MarkerKind.RESOURCE_CHANGED, marker_key(MarkerKind.RESOURCE_CHANGED))
+]
+KEYS_CHANGES: list[Change] = [(MarkerKind.KEYS_CHANGED, marker_key(MarkerKind.KEYS_CHANGED))]
 
 
 class ClientStore(Protocol):

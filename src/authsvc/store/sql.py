@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ COMMAND_TIMEOUT_S = 5.0
 POOL_CONNECTIONS = 8
 
 log = structlog.get_logger()
+
+WAL_TRIES = 20
 
 _LOST = (SQLAlchemyError, OSError, TimeoutError)
 _TIME = {
@@ -137,13 +140,9 @@ def _sqlite(url: str, timeout_s: float, *, begin: str) -> AsyncEngine:
         # The driver's own transaction mode loses updates without a word.
         connection.isolation_level = None
         cursor = connection.cursor()
-        for pragma in (
-            f"busy_timeout={int(timeout_s * 1000)}",
-            "journal_mode=WAL",
-            "synchronous=FULL",
-            "foreign_keys=ON",
-        ):
-            cursor.execute(f"PRAGMA {pragma}")
+        _switch_to_wal(cursor, timeout_s)
+        cursor.execute("PRAGMA synchronous=FULL")
+        cursor.execute("PRAGMA foreign_keys=ON")
         cursor.close()
 
     @event.listens_for(engine.sync_engine, "begin")
@@ -151,6 +150,20 @@ def _sqlite(url: str, timeout_s: float, *, begin: str) -> AsyncEngine:
         connection.exec_driver_sql(begin)
 
     return engine
+
+
+def _switch_to_wal(cursor: Any, timeout_s: float) -> None:
+    """Of those that switch a new file at once SQLite refuses some, without a wait: try again."""
+    cursor.execute(f"PRAGMA busy_timeout={int(timeout_s * 1000 / WAL_TRIES)}")
+    for tries_left in reversed(range(WAL_TRIES)):
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError:
+            if not tries_left:
+                raise
+        else:
+            break
+    cursor.execute(f"PRAGMA busy_timeout={int(timeout_s * 1000)}")
 
 
 def _postgres(url: str, timeout_s: float, connections: int) -> AsyncEngine:

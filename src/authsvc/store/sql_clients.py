@@ -18,25 +18,10 @@ from authsvc.model import (
     GrantType,
     IdentityKind,
 )
-from authsvc.store.port import Change, Transition
+from authsvc.store.port import Transition, name_taken, require_step, review_changes
 from authsvc.store.sql import Database, readable
 from authsvc.store.sql_feed import advance
 from authsvc.store.tables import CLIENT
-from authsvc_client.core.markers import MarkerKind, marker_key
-
-
-def review_changes(step: Transition) -> list[Change]:
-    """What a review step tells everybody."""
-    kinds = [MarkerKind.CLIENT_CHANGED] + [MarkerKind.CUTOFF_CLIENT] * step.cut_off
-    return [(kind, marker_key(kind, step.client_id)) for kind in kinds]
-
-
-def require_step(step: Transition, state: ClientState, version: int) -> None:
-    """Raises unless the step may be taken from here."""
-    if state not in step.allowed_from:
-        raise AuthError(Reason.CLIENT_STATE_CONFLICT, state.name, metadata={"state": state.name})
-    if step.version is not None and step.version != version:
-        raise AuthError(Reason.ETAG_MISMATCH)
 
 
 class SqlClients:
@@ -133,16 +118,6 @@ class SqlClients:
             .returning(CLIENT)
         )
         return _client(moved.one()), revision
-
-
-def name_taken(cause: str = "") -> AuthError:
-    """The refusal of a second client with one certificate name."""
-    return AuthError(
-        Reason.ALREADY_EXISTS,
-        "certificate name",
-        metadata={"field": "metadata.tls_client_auth"},
-        cause=cause,
-    )
 
 
 def _row(client: Client) -> dict[str, Any]:

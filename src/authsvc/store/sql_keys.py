@@ -7,13 +7,10 @@ from sqlalchemy import Row, insert, select
 from sqlalchemy.exc import IntegrityError
 
 from authsvc.model import KeyState, SigningKey
-from authsvc.store.port import Change
+from authsvc.store.port import KEYS_CHANGES
 from authsvc.store.sql import Database, readable
 from authsvc.store.sql_feed import advance
 from authsvc.store.tables import SIGNING_KEY
-from authsvc_client.core.markers import MarkerKind, marker_key
-
-KEYS_CHANGES: list[Change] = [(MarkerKind.KEYS_CHANGED, marker_key(MarkerKind.KEYS_CHANGED))]
 
 
 class SqlKeys:

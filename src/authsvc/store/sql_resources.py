@@ -7,15 +7,10 @@ from sqlalchemy.exc import IntegrityError
 
 from authsvc.errors import AuthError, Reason
 from authsvc.model import Catalog, Resource, TokenFormat
-from authsvc.store.port import Change
+from authsvc.store.port import RESOURCE_CHANGES
 from authsvc.store.sql import Database, readable
 from authsvc.store.sql_feed import advance
 from authsvc.store.tables import CLIENT, RESOURCE, SCOPE
-from authsvc_client.core.markers import MarkerKind, marker_key
-
-RESOURCE_CHANGES: list[Change] = [
-    (MarkerKind.RESOURCE_CHANGED, marker_key(MarkerKind.RESOURCE_CHANGED))
-]
 
 
 class SqlResources:

@@ -748,8 +748,8 @@ Global___ValidateTokenRequest: _TypeAlias = ValidateTokenRequest  # noqa: Y015
 
 @_typing.final
 class ValidateTokenResponse(_message.Message):
-    """Response of ValidateToken. To a caller that is not entitled to the token's audience only `active`
-    (false), `reason` TOKEN_INACTIVE and nothing else is set.
+    """Response of ValidateToken. To a caller that is not entitled to the token's audience nothing is set
+    at all: `active` is false, and why stays unsaid.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

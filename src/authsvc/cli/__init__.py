@@ -1,0 +1,62 @@
+"""The command line: `authsvc --help`."""
+
+import os
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+
+from authsvc.cli import clients, pki, resources, serve, tokens
+from authsvc.cli.output import EXITS
+
+_EPILOG = "\n".join(
+    (
+        "\b",  # leave these lines as they are
+        "Exit codes:",
+        *(f"  {code.value}  {text}" for code, text in EXITS.items()),
+        "",
+        "Data go to standard output, all else to standard error; with --json both as one JSON"
+        " document. Start with: authsvc serve",
+    )
+)
+
+app = typer.Typer(
+    name="authsvc",
+    help="The token service that backend services use among themselves.",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+serve.register(app)
+pki.register(app)
+clients.register(app)
+resources.register(app)
+tokens.register(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"authsvc {version('authsvc')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Runs one command; ends the process with a code of `Exit`."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # errors are told by us, once
+    app(prog_name="authsvc")

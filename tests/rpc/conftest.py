@@ -1,0 +1,33 @@
+"""One server for all tests of a module, on SQLite."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from tests.harness import Running, migrate, running
+from tests.servers import Postgres
+
+SHARED = {"server", "callers"}
+"""Fixtures that live as long as a module, and so does the event loop of the tests that use them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if pytest_asyncio.is_async_test(item) and SHARED & set(item.fixturenames):
+            item.add_marker(pytest.mark.asyncio(loop_scope="module"), append=False)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
+    async with running(tmp_path_factory.mktemp("server")) as made:
+        yield made
+
+
+@pytest.fixture
+def migrated_url(postgres: Postgres) -> str:
+    """An empty PostgreSQL database whose schema is current."""
+    url = asyncio.run(postgres.database())
+    asyncio.run(migrate(url))
+    return url
