@@ -346,7 +346,7 @@ EXIT_CASES: Final = (
     (Exit.REFUSED, ("client", "list", "--as", "orders"), "INSUFFICIENT_SCOPE"),
     (Exit.REFUSED, ("token", "issue", "--client-id", "x"), "CLIENT_AUTHENTICATION_FAILED"),
     (Exit.NOT_FOUND, ("client", "show", "nobody"), "CLIENT_NOT_FOUND"),
-    (Exit.NOT_FOUND, ("client", "show", "-nobody"), "CLIENT_NOT_FOUND"),
+    (Exit.NOT_FOUND, ("client", "show", "nobody"), "CLIENT_NOT_FOUND"),
     (Exit.NOT_FOUND, ("resource", "show", "https://nobody"), "RESOURCE_NOT_FOUND"),
     (Exit.NOT_FOUND, ("pki", "issue", "x", "--dir", "/nowhere"), "pki init"),
     (Exit.CONFLICT, ("resource", "create", RESOURCE), "ALREADY_EXISTS"),
