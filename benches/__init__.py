@@ -1,0 +1,1 @@
+"""Speed against its budgets: `python -m benches [names…]` (docs/performance.md says how)."""

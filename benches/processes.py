@@ -1,0 +1,129 @@
+"""The servers under load, each a process of its own that ends with the one that started it."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+START_S_MAX = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """Where to run: servers on one core, the load generator on another."""
+
+    servers: int | None
+    load: int | None
+
+    @classmethod
+    def here(cls) -> "Cores":
+        """Two cores that this process may use, or none where it cannot choose."""
+        if not hasattr(os, "sched_getaffinity"):  # macOS
+            return cls(None, None)
+        usable = sorted(os.sched_getaffinity(0))
+        return cls(usable[0], usable[1]) if len(usable) > 1 else cls(None, None)
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the processes keep to their cores."""
+        return self.servers is not None
+
+
+def pin(core: int | None) -> None:
+    """Keeps this process to a core."""
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the floor does for a method: nothing, or one bare signature, and a fixed answer."""
+
+    request: str
+    """Name of the request message; that of the response ends otherwise."""
+    response: str
+    """The response, serialised, in base64."""
+    signs: bool = False
+
+    @classmethod
+    def of(cls, request: str, response: bytes, *, signs: bool = False) -> "Answer":
+        """From the bytes of a real response."""
+        return cls(request, base64.b64encode(response).decode(), signs)
+
+
+class Server:
+    """A child process that serves on `port` and answers questions about itself."""
+
+    def __init__(self, kind: str, **settings: object) -> None:
+        """Waits until it serves; RuntimeError where it does not."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benches.serve", kind, json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parent.parent,
+            env={k: v for k, v in os.environ.items() if not k.startswith("AUTHSVC_")},
+        )
+        self.port = int(self._read())
+
+    def cpu(self) -> float:
+        """CPU seconds of the process so far, all its threads."""
+        return self._ask("cpu")
+
+    def bare(self, what: str) -> float:
+        """CPU seconds of one bare signature (`sign`) or its verification (`verify`), there."""
+        return self._ask(what)
+
+    def _ask(self, what: str) -> float:
+        _stream(self._process.stdin).write(what + "\n")
+        _stream(self._process.stdin).flush()
+        return float(self._read())
+
+    def _read(self) -> str:
+        line = _stream(self._process.stdout).readline()
+        if not line:
+            raise RuntimeError(f"a server ended ({self._process.wait()})")
+        return line
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> None:
+        _stream(self._process.stdin).close()  # which ends it
+        try:
+            self._process.wait(START_S_MAX)
+        finally:
+            self._process.kill()
+            self._process.wait()
+            _stream(self._process.stdout).close()
+
+
+def floor(pki: Path, answers: Mapping[str, Answer], core: int | None) -> Server:
+    """The empty handlers behind the same TLS."""
+    return Server(
+        "floor",
+        pki=str(pki),
+        answers={method: asdict(answer) for method, answer in answers.items()},
+        core=core,
+    )
+
+
+def authsvc(state_dir: Path, core: int | None) -> Server:
+    """The real thing, with the embedded defaults, on free ports."""
+    return Server("authsvc", state_dir=str(state_dir), core=core)
+
+
+def _stream(stream: IO[str] | None) -> IO[str]:
+    assert stream is not None
+    return stream

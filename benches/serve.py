@@ -1,0 +1,114 @@
+"""The child process: authsvc itself, or the floor. Serves until its standard input ends."""
+
+import asyncio
+import base64
+import json
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from google.protobuf.message import Message
+
+from authsvc.app import open_app, settle
+from authsvc.config import Listen, load
+from authsvc.rpc.server import OPTIONS
+from authsvc.rpc.tls import ServerTls
+from authsvc.telemetry import configure_logs
+from authsvc_client.v1 import auth_pb2
+
+from .processes import pin
+
+SERVICE = "authsvc.v1.AuthService"
+BARE_OPERATIONS = 200
+
+_ecdsa = ec.ECDSA(hashes.SHA256())
+_private = ec.generate_private_key(ec.SECP256R1())
+_public = _private.public_key()
+_message = bytes(400)  # as long as a token
+_signature = _private.sign(_message, _ecdsa)
+
+BARE: dict[str, Callable[[], object]] = {
+    "sign": lambda: _private.sign(_message, _ecdsa),
+    "verify": lambda: _public.verify(_signature, _message, _ecdsa),
+}
+
+
+def answer(question: str) -> float:
+    """What the parent asks over standard input."""
+    started = time.process_time()
+    if question == "cpu":
+        return started
+    for _ in range(BARE_OPERATIONS):
+        BARE[question]()
+    return (time.process_time() - started) / BARE_OPERATIONS
+
+
+async def until_told(port: int) -> None:
+    """Says where it serves, answers, and returns when the parent is gone."""
+    settle()
+    print(port, flush=True)
+    reader = asyncio.StreamReader()
+    loop = asyncio.get_running_loop()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    while line := await reader.readline():
+        print(repr(answer(line.decode().strip())), flush=True)
+
+
+async def authsvc(state_dir: str) -> None:
+    """The whole server on SQLite, with a PKI of its own."""
+    configure_logs("warning")
+    listen = Listen(port=0, metrics_port=0, health_port=0)
+    app = await open_app(load(state_dir=Path(state_dir), listen=listen))
+    await app.start()
+    try:
+        await until_told(app.port)
+    finally:
+        await app.stop()
+
+
+async def floor(pki: str, answers: dict[str, dict[str, Any]]) -> None:
+    """Empty handlers: the same messages, options and TLS."""
+    directory = Path(pki)
+    files = (directory / name for name in ("server.pem", "server-key.pem", "ca.pem"))
+    server = grpc.aio.server(options=OPTIONS)
+    handlers = {method: empty_handler(**settings) for method, settings in answers.items()}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    port = server.add_secure_port("127.0.0.1:0", ServerTls(*files).credentials())
+    await server.start()
+    try:
+        await until_told(port)
+    finally:
+        await server.stop(None)
+
+
+def empty_handler(request: str, response: str, *, signs: bool) -> "grpc.RpcMethodHandler[Any, Any]":
+    """Decodes the request, encodes a fixed answer; in between nothing, or one signature."""
+    decode = getattr(auth_pb2, request)
+    kind = getattr(auth_pb2, request.removesuffix("Request") + "Response")
+    fixed: Message = kind.FromString(base64.b64decode(response))
+
+    async def empty(_request: Message, _context: object) -> Message:
+        return fixed
+
+    async def signing(_request: Message, _context: object) -> Message:
+        BARE["sign"]()
+        return fixed
+
+    behaviour: Callable[[Message, object], Awaitable[Message]] = signing if signs else empty
+    return grpc.unary_unary_rpc_method_handler(behaviour, decode.FromString, kind.SerializeToString)
+
+
+def main(kind: str, settings: str) -> None:
+    """Runs one of the two."""
+    given = json.loads(settings)
+    pin(given.pop("core"))
+    asyncio.run(authsvc(**given) if kind == "authsvc" else floor(**given))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
