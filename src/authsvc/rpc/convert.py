@@ -240,7 +240,7 @@ class VerdictEncoder:
         if verified.encoded is None:
             claims = auth_pb2.ValidateTokenResponse(claims=claims_pb(verified.claims))
             verified.encoded = claims.SerializeToString()
-        return raw + verified.encoded
+        return raw + bytes(verified.encoded)
 
 
 def _refusal_pb(verdict: Verdict) -> auth_pb2.ValidateTokenResponse:

@@ -220,10 +220,13 @@ _CHAIN: Final = "x509_pem_cert_chain"
 
 
 def _property(auth_context: AuthContext, name: str) -> bytes:
-    values = tuple(auth_context.get(name, ()))
-    if len(values) > 1:
+    values = auth_context.get(name)
+    if values is None:
+        return b""
+    first, *others = values
+    if others:
         raise AuthError(Reason.PEER_CERTIFICATE_INVALID, cause=f"more than one {name}")
-    return values[0] if values else b""
+    return first
 
 
 def _size(key: tuple[bytes, bytes]) -> int:

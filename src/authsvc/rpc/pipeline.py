@@ -118,7 +118,11 @@ class Pipeline:
     async def _admit(self, rule: Rule, context: Context, given: str) -> Call:
         now = self._clock.wall()
         peer = self._peers(context.auth_context(), now)
-        caller = None if rule.public else await self._policy(rule, peer, given, now)
+        caller = None
+        if not rule.public:
+            caller = None if given else self._policy.at_hand(rule, peer, now)
+            if caller is None:
+                caller = await self._policy(rule, peer, given, now)
         return Call(peer, given, now, caller, self._policy)
 
     def _unary(
