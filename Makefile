@@ -22,7 +22,7 @@ unexport VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup stubs stubs-check fmt lint test test-fast demo bench run check clean
+.PHONY: help setup stubs stubs-check fmt lint test demo bench run check clean
 
 help: ## Show this table
 	@printf 'Usage: make TARGET [PYTHON=python3.12] [ARGS="-k refresh"]\n\n'
@@ -64,10 +64,6 @@ lint: setup $(BUF_STAMP) ## Style, types, layers, the contract, the stubs
 test: setup ## Run every test (ARGS goes to pytest)
 	@printf '==> test: pytest\n'
 	@$(RUN) pytest $(ARGS)
-
-test-fast: setup ## Run the tests that are not marked slow, up to the first failure
-	@printf '==> test-fast: pytest without what is marked slow\n'
-	@$(RUN) pytest --exitfirst -m 'not slow' $(ARGS)
 
 demo: setup ## Run the demo: two services and authsvc, on this machine alone
 	@printf '==> demo: examples/demo.py\n'

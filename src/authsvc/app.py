@@ -49,7 +49,8 @@ from authsvc_client.core.markers import Marker, MarkerKind
 from authsvc_client.core.state import State
 
 RENEW_BEFORE_S = 30 * 24 * 3600
-"""An own certificate that ends sooner is replaced at start."""
+"""An own certificate that ends sooner is replaced, at start and while it runs."""
+RENEW_EVERY_S = 24 * 3600.0
 
 log = structlog.get_logger()
 
@@ -76,6 +77,7 @@ class Prepared:
 def prepare(settings: Settings, clock: Clock) -> Prepared:
     """Makes what is missing. Raises StartError."""
     state_dir = settings.state_dir
+    os.umask(0o077)  # what is made from here on, the database too, is nobody else's to read
     try:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         files, admins, directory = _certificates(settings, clock)
@@ -119,18 +121,9 @@ def database_id(settings: Settings) -> str:
 
 def kept(path: Path, fresh: str) -> str:
     """The content of a 0600 file that is made with `fresh` where it is missing, whole or not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     if not path.exists():
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with os.fdopen(descriptor, "w") as file:
-                file.write(fresh)
-                file.flush()
-                os.fsync(file.fileno())
-            with contextlib.suppress(FileExistsError):
-                path.hardlink_to(temporary)  # of processes that start at once one wins
-        finally:
-            temporary.unlink()
+        with contextlib.suppress(FileExistsError):  # of processes that start at once one wins
+            pki.create_file(fresh.encode(), path, mode=0o600)
     return path.read_text(encoding="ascii").strip()
 
 
@@ -145,6 +138,8 @@ def _certificates(
     with contextlib.suppress(FileExistsError):
         pki.init(directory, settings.trust_domain, clock.wall())
     authority = pki.load(directory)
+    if authority.trust_domain != settings.trust_domain:
+        raise ValueError(f"trust_domain: the PKI in {directory} is {authority.trust_domain}'s")
     for name, server in (("server", True), ("admin", False)):
         if not pki.is_current(authority, directory, name, clock.wall() + RENEW_BEFORE_S):
             spiffe_path = "authsvc" if server else name
@@ -245,9 +240,13 @@ class App:
     async def start(self) -> None:
         """Serves when it returns. Raises AuthError, or StartError where an address is taken."""
         now = self._clock.wall()
-        await self._ring.ensure(now)
-        await self._resources.ensure_own(now)
-        await self.follow.poll()
+        try:
+            await self._ring.ensure(now)
+            await self._resources.ensure_own(now)
+            await self.follow.poll()
+        except ValueError as error:
+            await self._store.close()
+            raise StartError(f"seal_keys: a signing key {error}") from error
         listen = self._settings.listen
         try:
             self._http = HttpServer(
@@ -273,9 +272,17 @@ class App:
         self._gauges()
         self._tasks.start("feed-follow", self.follow.run)
         self._tasks.start("health", self._rpc.watch_health)
+        if self._prepared.pki is not None:
+            self._tasks.start("own-certificates", self._renew_own_certificates)
         self._tasks.start(
             "tls-reload", lambda: self._prepared.tls.watch(self._settings.tls.reload_s)
         )
+
+    async def _renew_own_certificates(self) -> None:
+        """A process may outlive a certificate of its own PKI; the listener reloads them."""
+        while True:
+            await asyncio.sleep(RENEW_EVERY_S)
+            await asyncio.to_thread(_certificates, self._settings, self._clock)
 
     def _gauges(self) -> None:
         state, clock = self.state, self._clock

@@ -1,6 +1,6 @@
 """Client authentication (RFC 6749 section 2.3, RFC 8705 section 2): who asks for a token."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from authsvc.errors import AuthError, Reason, not_implemented
@@ -13,9 +13,9 @@ class Credentials:
     """What the request offers; an empty text is not offered."""
 
     client_id: str
-    secret: str = ""
-    assertion: str = ""
-    authorization: str = ""
+    secret: str = field(default="", repr=False)
+    assertion: str = field(default="", repr=False)
+    authorization: str = field(default="", repr=False)
     """The `authorization` metadata."""
 
 
@@ -33,7 +33,7 @@ class Authenticate:
         self._clients = clients
 
     async def __call__(self, offered: Credentials, peer: Peer, now: float) -> Client:
-        """The client, whatever its state; `now` is the database's time.
+        """The client, whatever its state; `now` is this machine's time.
 
         Raises AuthError CLIENT_AUTHENTICATION_FAILED (for an unknown client too),
         AUTH_METHOD_AMBIGUOUS, AUTH_METHOD_NOT_REGISTERED or NOT_IMPLEMENTED.

@@ -1,7 +1,7 @@
 """IssueToken: authenticate the client, prove the grant, narrow, mint. No database when warm."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from authsvc.authenticate import Authenticate, Credentials
 from authsvc.clock import Clock
@@ -14,6 +14,7 @@ from authsvc.oauth.claims import access_token_claims
 from authsvc.oauth.policy import require_grant, require_let_in
 from authsvc.oauth.resources import pick
 from authsvc.oauth.scopes import narrow
+from authsvc_client.core.markers import SKEW_S
 from authsvc_client.core.state import State
 
 MINT_S_MAX = 10.0
@@ -34,7 +35,7 @@ class TokenRequest:
 class TokenAnswer:
     """An access token and what is said of it; times in seconds since the epoch."""
 
-    access_token: str
+    access_token: str = field(repr=False)
     jti: str
     scopes: tuple[str, ...]
     audiences: tuple[str, ...]
@@ -71,10 +72,13 @@ class IssueToken:
         state = self._state
         state.require_fresh(started)
         revision, now = state.revision, state.now(started)
+        if state.ahead(started) > SKEW_S:
+            # Tokens made now would begin in the future, and outlive their dead marks.
+            raise AuthError(Reason.STATE_STALE, "the database's clock went back", retry_after_s=1.0)
         grant = GRANTS.get(request.grant_type)
         if grant is None:
             raise not_implemented(f"grant {request.grant_type.name.lower()}")
-        client = await self._authenticate(request.credentials, peer, now)
+        client = await self._authenticate(request.credentials, peer, self._clock.wall())
         require_let_in(client, now)
         require_grant(client, request.grant_type)
         subject = await grant(client)

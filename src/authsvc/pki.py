@@ -271,9 +271,9 @@ def _files(directory: Path, name: str) -> tuple[Path, Path]:
 def _publish(authority: Authority, certificate_file: Path, key_file: Path | None) -> None:
     """Make the files appear, the certificate last: it is what says that there is a CA."""
     if key_file is not None:
-        _create(_key_pem(authority.key), key_file, mode=0o600)
+        create_file(_key_pem(authority.key), key_file, mode=0o600)
     try:
-        _create(authority.certificate_pem, certificate_file, mode=0o644)
+        create_file(authority.certificate_pem, certificate_file, mode=0o644)
     except BaseException:
         if key_file is not None:
             key_file.unlink()
@@ -281,13 +281,14 @@ def _publish(authority: Authority, certificate_file: Path, key_file: Path | None
     _sync(certificate_file.parent)
 
 
-def _create(content: bytes, path: Path, *, mode: int) -> None:
-    """Create a file whole; FileExistsError, as by O_EXCL, where it exists."""
+def create_file(content: bytes, path: Path, *, mode: int) -> None:
+    """Create a file, whole and on disk; FileExistsError, as by O_EXCL, where it exists."""
     temporary = _temporary(content, path, mode=mode)
     try:
         path.hardlink_to(temporary)
     finally:
         temporary.unlink()
+    _sync(path.parent)
 
 
 def _temporary(content: bytes, beside: Path, *, mode: int) -> Path:

@@ -1,7 +1,7 @@
 """RegisterClient (RFC 7591): who asks to be a client, and then waits for review."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from authsvc.errors import AuthError, FieldViolation, Reason, not_implemented
 from authsvc.grants import GRANTS
@@ -51,7 +51,7 @@ class Registered:
     """The client, and its secret where a method needs one: shown this once."""
 
     client: Client
-    secret: str = ""
+    secret: str = field(default="", repr=False)
 
 
 class RegisterClient:
@@ -131,10 +131,7 @@ class RegisterClient:
 
     async def _require_free(self, identity: CertificateIdentity | None) -> None:
         """What the store says of a name that is taken, without a change."""
-        if identity is None:
-            return
-        found = await self._store.by_identity([(identity.kind, identity.value)])
-        if any(client.metadata.identity == identity for client in found):
+        if identity and await self._store.by_identity([(identity.kind, identity.value)]):
             raise name_taken()
 
     async def _require_known(self, metadata: ClientMetadata) -> None:

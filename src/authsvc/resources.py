@@ -40,8 +40,10 @@ class Resources:
         try:
             await self._store.add(own)
         except AuthError as error:
-            if error.reason is not Reason.ALREADY_EXISTS:
-                raise
+            if self._issuer not in (await self._store.catalog()).by_id:
+                raise AuthError(
+                    error.reason, "the scopes of authsvc belong to another issuer's resource"
+                ) from error
 
     async def create(self, asked: Resource, now: float) -> Resource:
         """Raises AuthError FIELD_INVALID, ALREADY_EXISTS, CLIENT_NOT_FOUND or NOT_IMPLEMENTED."""

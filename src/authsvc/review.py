@@ -2,9 +2,13 @@
 
 from collections.abc import Awaitable, Callable
 
+import structlog
+
 from authsvc.errors import AuthError, FieldViolation, Reason
 from authsvc.model import Caller, Catalog, Client, ClientState
 from authsvc.store.port import ClientStore, Transition
+
+log = structlog.get_logger()
 
 
 class ReviewClient:
@@ -102,5 +106,12 @@ class ReviewClient:
 
     async def _take(self, step: Transition) -> tuple[Client, int]:
         client, revision = await self._store.move(step)
+        log.info(
+            "client.reviewed",
+            client=step.client_id,
+            state=step.to.name,
+            reviewer=step.reviewer,
+            revision=revision,
+        )
         await self._reach(revision)
         return client, revision

@@ -3,11 +3,15 @@
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+import structlog
+
 from authsvc.clock import Clock
 from authsvc.errors import AuthError, Reason
 from authsvc.store.port import Change
 from authsvc_client.core.judge import Judge
 from authsvc_client.core.markers import MarkerKind, marker_key
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,5 +59,6 @@ class RevokeToken:
             return Revocation(0, (jti,))
         kind = MarkerKind.TOKEN_DEAD
         revision = await self._append([(kind, marker_key(kind, jti))])
+        log.info("token.revoked", jti=jti, revision=revision)
         await self._reach(revision)
         return Revocation(revision, (jti,))

@@ -132,8 +132,20 @@ def _some(values: Any) -> st.SearchStrategy[frozenset[Any]]:
     return st.frozensets(st.sampled_from(list(values)))
 
 
-identities = st.none() | st.builds(
-    CertificateIdentity, st.sampled_from(list(IdentityKind)), name, name
+identities = (
+    st.none()
+    | st.builds(
+        CertificateIdentity,
+        st.sampled_from([IdentityKind.SAN_URI, IdentityKind.SAN_DNS]),
+        name,
+        name,
+    )
+    | st.builds(
+        CertificateIdentity,
+        st.just(IdentityKind.SUBJECT_DN),
+        st.sampled_from(["CN=orders", "CN=orders,O=Example", "CN=a\\,b"]),
+        name,
+    )
 )
 metadatas = st.builds(
     ClientMetadata,
@@ -169,6 +181,17 @@ UNSET_IN_ANSWERS = {"policy_diff"}
 """Fields of Client that a later version fills in."""
 UNSET_METADATA = {"redirect_uris", "jwks", "jwks_uri", "software_statement"}
 """Fields of ClientMetadata that a later version honours."""
+
+
+@pytest.mark.parametrize("subject", ["orders", "cn", "CN=a,,O=b", "=x", "CN=a;O=b\\"])
+def test_what_is_no_subject_is_refused_rather_than_never_matched(subject: str) -> None:
+    """RFC 8705 section 2.1.2: the subject in the spelling of RFC 4514."""
+    metadata = clients_pb2.ClientMetadata(client_name="x", tls_client_auth_subject_dn=subject)
+    with pytest.raises(AuthError) as caught:
+        convert.registration(metadata)
+    assert caught.value.reason is Reason.INVALID_CLIENT_METADATA
+    metadata.tls_client_auth_subject_dn = "CN=orders"
+    assert convert.registration(metadata).identity_value == "CN=orders"
 
 
 @given(clients)

@@ -117,8 +117,9 @@ class Follow:
 
     async def _raise_epoch(self, page: FeedPage) -> None:
         log.error("feed.other_history", head=page.head, applied=self._state.revision)
-        # A head below the applied revision is proof that commits were lost, whoever vouched.
-        lost = page.head < self._state.revision
+        # A lower head, or another change at the applied revision, is proof that commits were lost,
+        # whoever vouched for none.
+        lost = page.known_fingerprint == page.fingerprint or page.head < self._state.revision
         await self._store.raise_epoch(
             page, self._state.revision, cut_off=lost or not self._synchronous
         )

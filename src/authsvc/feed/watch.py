@@ -1,7 +1,7 @@
 """WatchChanges: what a validator elsewhere needs to know, as a stream."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +14,7 @@ from authsvc_client.core.markers import Marker, MarkerKind
 from authsvc_client.core.state import State
 
 CHUNK_MARKERS_MAX = 4096
-HEARTBEAT_S = 1.0
+HEARTBEAT_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +40,19 @@ class WatchChanges:
         self._state = state
         self._clock = clock
 
-    async def __call__(self, resume: int) -> AsyncIterator[Event]:
-        """Raises AuthError REVISION_COMPACTED, REVISION_UNKNOWN or WATCHER_TOO_SLOW, and
+    async def __call__(self, resume: int) -> AsyncGenerator[Event, None]:
+        """Raises AuthError REVISION_COMPACTED, STATE_STALE or WATCHER_TOO_SLOW, and
         StateStale: a watcher is told no age that this worker does not have itself.
         """
         async with self._follow.subscribe() as subscription:
             if resume > self._state.revision:
-                await self._follow.poll()
+                self._follow.poke()
+                await self._follow.next_poll()
             if resume > self._state.revision:
+                # Another worker may be ahead of this one; it will catch up, or open an epoch.
+                age = f"{self._state.age(self._clock.boot()):.1f}"
                 raise AuthError(
-                    Reason.REVISION_UNKNOWN, metadata={"revision": str(self._state.revision)}
+                    Reason.STATE_STALE, metadata={"age_seconds": age}, retry_after_s=HEARTBEAT_S
                 )
             sent = resume
             async for event in self._open(resume):

@@ -19,6 +19,7 @@ from authsvc_client.core.jws import ALGORITHMS
 
 DEFAULT_ALGORITHM = "ES256"
 _SEALED_FOR = "signing-key:"
+_compact = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def _segment(raw: bytes) -> bytes:
@@ -37,11 +38,11 @@ class Signer:
         self._algorithm = ALGORITHMS[key.alg]
         self._key = self._algorithm.prepare_key(load_der_private_key(private, password=None))
         header = {"alg": key.alg, "kid": key.kid, "typ": "at+jwt"}
-        self._header = _segment(json.dumps(header, separators=(",", ":")).encode()) + b"."
+        self._header = _segment(_compact(header).encode()) + b"."
 
     def sign(self, claims: Mapping[str, Any]) -> str:
         """A compact JWS over the claims."""
-        body = self._header + _segment(json.dumps(claims, separators=(",", ":")).encode())
+        body = self._header + _segment(_compact(claims).encode())
         signature: bytes = self._algorithm.sign(body, self._key)
         return (body + b"." + _segment(signature)).decode()
 

@@ -4,7 +4,7 @@ import base64
 import hashlib
 import hmac
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -70,7 +70,7 @@ def _check(body: str) -> str:
 class Sealer:
     """Encrypts at rest (AES-256-GCM) by the first key; opens by any, so keys can be rotated."""
 
-    keys: tuple[bytes, ...]
+    keys: tuple[bytes, ...] = field(repr=False)
 
     def seal(self, plain: bytes, purpose: str) -> bytes:
         """Encrypts for a purpose: what was sealed for one cannot be opened for another."""

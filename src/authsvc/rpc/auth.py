@@ -1,7 +1,9 @@
 """AuthService: decode, call the verb, encode."""
 
 from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 
+import structlog
 from google.protobuf.duration_pb2 import Duration
 
 from authsvc.authenticate import Authenticate, Credentials
@@ -22,6 +24,8 @@ from authsvc_client.core.state import State
 from authsvc_client.v1 import auth_pb2
 
 KEYS_MAX_AGE_S = 300
+
+log = structlog.get_logger()
 
 
 class AuthServicer:
@@ -67,6 +71,13 @@ class AuthServicer:
             tuple(request.resources),
         )
         answer = await self._issue(asked, call.peer)
+        log.info(
+            "token.issued",
+            client=request.client_id,
+            jti=answer.jti,
+            audiences=answer.audiences,
+            grant=grant,
+        )
         return auth_pb2.IssueTokenResponse(token=convert.issued_pb(answer))
 
     async def ValidateToken(self, asked: convert.Asked, call: Call) -> bytes:
@@ -126,39 +137,10 @@ class AuthServicer:
         self, request: auth_pb2.WatchChangesRequest, _call: Call
     ) -> AsyncIterator[auth_pb2.WatchChangesResponse]:
         """Snapshot, deltas, heartbeats."""
-        async for event in self._watch(request.resume_revision):
-            markers = [convert.marker_pb(marker) for marker in event.markers]
-            keys = [auth_pb2.Jwk(**jwk) for jwk in event.keys]
-            staleness = [
-                auth_pb2.ResourceStaleness(
-                    resource_id=audience, staleness_max=Duration(seconds=int(seconds))
-                )
-                for audience, seconds in sorted(event.staleness.items())
-            ]
-            if event.snapshot:
-                chunk = auth_pb2.SnapshotChunk(
-                    revision=event.revision,
-                    markers=markers,
-                    keys=keys,
-                    staleness=staleness,
-                    last=event.last,
-                )
-                yield auth_pb2.WatchChangesResponse(snapshot=chunk)
-                continue
-            if markers or keys or staleness:
-                delta = auth_pb2.Delta(
-                    revision=event.revision, markers=markers, keys=keys, staleness=staleness
-                )
-                yield auth_pb2.WatchChangesResponse(delta=delta)
-            age = Duration()
-            age.FromMilliseconds(int(event.age_s * 1000))
-            yield auth_pb2.WatchChangesResponse(
-                heartbeat=auth_pb2.Heartbeat(
-                    revision=event.revision,
-                    age=age,
-                    database_time=convert.timestamp(event.time),
-                )
-            )
+        async with aclosing(self._watch(request.resume_revision)) as events:
+            async for event in events:
+                for message in convert.watched_pb(event):
+                    yield message
 
     async def GetKeys(
         self, _request: auth_pb2.GetKeysRequest, _call: Call

@@ -1,11 +1,15 @@
 """Between the wire's messages and the model's values; dull, and complete."""
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from authsvc.errors import AuthError, Reason, not_implemented
+from authsvc.feed.watch import Event
 from authsvc.issue import TokenAnswer
 from authsvc.model import (
     AuthMethod,
@@ -15,8 +19,9 @@ from authsvc.model import (
     Resource,
     TokenFormat,
 )
-from authsvc.register import Registration
+from authsvc.register import Registration, invalid
 from authsvc.rpc.limits import field_invalid
+from authsvc.rpc.peer import canonical_dn
 from authsvc_client.core.claims import Claims
 from authsvc_client.core.judge import Question, Verdict
 from authsvc_client.core.markers import Marker
@@ -78,13 +83,24 @@ def registration(metadata: clients_pb2.ClientMetadata) -> Registration:
         auth_methods=frozenset(map(AuthMethod, metadata.token_endpoint_auth_methods)),
         scopes=frozenset(metadata.scopes),
         identity_kind=_IDENTITY_FIELDS[field] if field else None,
-        identity_value=getattr(metadata, field) if field else "",
+        identity_value=_identity_value(metadata, field) if field else "",
         identity_ca=metadata.tls_client_auth_ca,
         bound_access_tokens=bound,
         validates=frozenset(metadata.validates),
         texts={name: getattr(metadata, name) for name in TEXTS if getattr(metadata, name)},
         contacts=tuple(metadata.contacts),
     )
+
+
+def _identity_value(metadata: clients_pb2.ClientMetadata, field: str) -> str:
+    """The certificate name; a subject in the spelling that peers are compared in (RFC 4514)."""
+    value: str = getattr(metadata, field)
+    if value and _IDENTITY_FIELDS[field] is IdentityKind.SUBJECT_DN:
+        try:
+            return canonical_dn(value)
+        except ValueError as error:
+            raise invalid(field, "is no distinguished name of RFC 4514") from error
+    return value
 
 
 def client_pb(client: Client) -> clients_pb2.Client:
@@ -184,6 +200,9 @@ class Asked:
 
     def __init__(self, request: auth_pb2.ValidateTokenRequest) -> None:
         """Raises AuthError NOT_IMPLEMENTED for what is not judged yet."""
+        parts = (request, request.consistency, request.presenter)
+        if any(len(UnknownFieldSet(part)) for part in parts):
+            raise not_implemented("a field of a newer contract")
         require_absent(request, "required_permissions", "acr_values")
         if request.HasField("max_age"):
             raise not_implemented("max_age")
@@ -295,3 +314,28 @@ def marker_pb(marker: Marker) -> auth_pb2.Marker:
         revision=marker.revision,
         until=timestamp(marker.until),
     )
+
+
+def watched_pb(event: Event) -> Iterator[auth_pb2.WatchChangesResponse]:
+    """A chunk of the snapshot; or what changed, if anything did, and the heartbeat after it."""
+    content: dict[str, Any] = {
+        "revision": event.revision,
+        "markers": [marker_pb(marker) for marker in event.markers],
+        "keys": [auth_pb2.Jwk(**jwk) for jwk in event.keys],
+        "staleness": [
+            auth_pb2.ResourceStaleness(
+                resource_id=audience, staleness_max=Duration(seconds=int(seconds))
+            )
+            for audience, seconds in sorted(event.staleness.items())
+        ],
+    }
+    if event.snapshot:
+        chunk = auth_pb2.SnapshotChunk(last=event.last, **content)
+        yield auth_pb2.WatchChangesResponse(snapshot=chunk)
+        return
+    if event.markers or event.keys or event.staleness:
+        yield auth_pb2.WatchChangesResponse(delta=auth_pb2.Delta(**content))
+    age = Duration()
+    age.FromMilliseconds(int(event.age_s * 1000))
+    beat = auth_pb2.Heartbeat(revision=event.revision, age=age, database_time=timestamp(event.time))
+    yield auth_pb2.WatchChangesResponse(heartbeat=beat)

@@ -56,6 +56,11 @@ def x5t_s256(certificate: x509.Certificate) -> str:
     return urlsafe_b64encode(certificate.fingerprint(hashes.SHA256())).rstrip(b"=").decode()
 
 
+def canonical_dn(text: str) -> str:
+    """A subject as peers have it here (RFC 4514); ValueError where it is none."""
+    return x509.Name.from_rfc4514_string(text).rfc4514_string()
+
+
 def certificate_validity(certificate: x509.Certificate) -> Validity:
     """When a certificate itself is valid (RFC 5280 section 4.1.2.5)."""
     return Validity(
@@ -220,13 +225,10 @@ _CHAIN: Final = "x509_pem_cert_chain"
 
 
 def _property(auth_context: AuthContext, name: str) -> bytes:
-    values = auth_context.get(name)
-    if values is None:
-        return b""
-    first, *others = values
-    if others:
+    values = tuple(auth_context.get(name, ()))
+    if len(values) > 1:
         raise AuthError(Reason.PEER_CERTIFICATE_INVALID, cause=f"more than one {name}")
-    return first
+    return values[0] if values else b""
 
 
 def _size(key: tuple[bytes, bytes]) -> int:

@@ -19,6 +19,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from authsvc.clock import Clock
 from authsvc.errors import AuthError, Code, Reason, not_implemented
+from authsvc.keys.secrets import new_id
 from authsvc.model import Caller, Peer
 from authsvc.rpc import status
 from authsvc.rpc.limits import Shape
@@ -118,11 +119,7 @@ class Pipeline:
     async def _admit(self, rule: Rule, context: Context, given: str) -> Call:
         now = self._clock.wall()
         peer = self._peers(context.auth_context(), now)
-        caller = None
-        if not rule.public:
-            caller = None if given else self._policy.at_hand(rule, peer, now)
-            if caller is None:
-                caller = await self._policy(rule, peer, given, now)
+        caller = None if rule.public else await self._policy(rule, peer, given, now)
         return Call(peer, given, now, caller, self._policy)
 
     def _unary(
@@ -148,6 +145,7 @@ class Pipeline:
                 response = answer if isinstance(answer, bytes) else encode(answer)
             except asyncio.CancelledError:
                 if not limit.exceeded(task):
+                    self._metrics.calls.labels(name, "CANCELLED").inc()
                     raise
                 await self._fail(name, TimeoutError(), context, request_id)
                 raise  # not reached: _fail aborts
@@ -199,18 +197,18 @@ class Pipeline:
         if isinstance(error, grpc.aio.AbortError):
             raise error
         told, incident = status.public(_as_refusal(error))
+        request_id = request_id or new_id()
+        about = {"method": name, "reason": told.reason.name, "request_id": request_id}
         code = status.grpc_code(told.rule.code)
         self._metrics.calls.labels(name, code.name).inc()
         if incident:
-            log.error("rpc.incident", method=name, incident=incident, exc_info=error)
+            log.error("rpc.incident", **about, incident=incident, exc_info=error)
         elif told.rule.code in (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED):
-            log.warning("rpc.unavailable", method=name, reason=told.reason.name, cause=told.cause)
+            log.warning("rpc.unavailable", **about, cause=told.cause)
         else:
-            log.info("rpc.refused", method=name, reason=told.reason.name, cause=told.cause)
-        trailers: list[tuple[str, str | bytes]] = [(status.DETAILS_KEY, status.details(told))]
-        if request_id:
-            trailers.append((REQUEST_ID_KEY, request_id))
-        await context.abort(code, status.text(told), tuple(trailers))
+            log.info("rpc.refused", **about, cause=told.cause)
+        trailers = ((status.DETAILS_KEY, status.details(told)), (REQUEST_ID_KEY, request_id))
+        await context.abort(code, status.text(told), trailers)
 
 
 def _as_refusal(error: Exception) -> Exception:

@@ -1,8 +1,7 @@
 """Who calls authsvc's own methods, and what the option `(authsvc.v1.require)` asks of them."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from google.protobuf.descriptor import MethodDescriptor
 
@@ -18,10 +17,9 @@ from authsvc.model import (
     Client,
     IdentityKind,
     Peer,
-    Validity,
 )
 from authsvc.oauth.policy import require_let_in
-from authsvc.store.cached import CachedCatalog, CachedClients, client_key
+from authsvc.store.cached import CachedClients
 from authsvc_client.core.cache import BytesCache
 from authsvc_client.core.judge import Judge, Question
 from authsvc_client.v1.annotations_pb2 import require
@@ -51,18 +49,6 @@ def rule_of(method: MethodDescriptor) -> Rule:
     return Rule(rule.public, frozenset(rule.scopes))
 
 
-class _Known(NamedTuple):
-    """A peer that is a client."""
-
-    peer: Peer
-    key: bytes
-    client: Client
-    catalog: Catalog
-    path: Validity
-    """Of the certificate, up to the CA that the client registered."""
-    caller: Caller
-
-
 class Policy:
     """Finds the caller: an administrator of the settings, an approved client, or a bearer token."""
 
@@ -72,7 +58,7 @@ class Policy:
         admins: frozenset[str],
         admin_ca: Callable[[], str | None],
         clients: CachedClients,
-        catalog: CachedCatalog,
+        catalog: Callable[[], Awaitable[Catalog]],
         judge: Judge,
         clock: Clock,
     ) -> None:
@@ -84,25 +70,7 @@ class Policy:
         self._judge = judge
         self._clock = clock
         self._question = Question(frozenset({issuer}), issuer)
-        self._callers: BytesCache[str, _Known] = BytesCache(2**23)
-
-    def at_hand(self, rule: Rule, peer: Peer, now: float) -> Caller | None:
-        """The caller, who may, of a peer that was found to be a client before; else None.
-
-        What was found holds for these very objects. They are asked for again, and so is all that
-        depends on the time.
-        """
-        known = self._callers.get(peer.thumbprint)
-        if (
-            known is None
-            or known.peer is not peer
-            or known.client is not self._clients.at_hand(known.key)
-            or known.catalog is not self._catalog.at_hand
-            or not known.path.covers(now)
-        ):
-            return None
-        require_let_in(known.client, now)
-        return known.caller if rule.scopes <= known.caller.scopes else None
+        self._callers: BytesCache[str, tuple[Peer, Client, Catalog, Caller]] = BytesCache(2**23)
 
     async def __call__(self, rule: Rule, peer: Peer, authorization: str, now: float) -> Caller:
         """The caller, who may. Raises AuthError CALLER_UNKNOWN, CALLER_TOKEN_INVALID,
@@ -122,11 +90,15 @@ class Policy:
             return await self._by_token(peer, authorization)
         if peer.spiffe_id in self._admins and self._is_admin(peer, now):
             return Caller(peer.spiffe_id, "", _ADMIN_SCOPES, _ADMIN_AUDIENCES, peer)
-        client = await self._clients.by_peer(peer, now)
+        client = self._clients.held(peer, now) or await self._clients.by_peer(peer, now)
         if client is None:
             return None
         require_let_in(client, now)
-        return self._as_client(client, peer, await self._catalog())
+        catalog = await self._catalog()
+        held = self._callers.get(peer.thumbprint)
+        if held is not None and held[0] is peer and held[1] is client and held[2] is catalog:
+            return held[3]
+        return self._as_client(client, peer, catalog)
 
     def _is_admin(self, peer: Peer, now: float) -> bool:
         ca = self._admin_ca()
@@ -140,11 +112,7 @@ class Policy:
             return None
         audiences = client.metadata.validates | catalog.owned_by(client.client_id)
         caller = Caller(client.client_id, client.client_id, client.metadata.scopes, audiences, peer)
-        identity = client.metadata.identity
-        if identity is not None and peer.spiffe_id not in self._admins:
-            key = client_key(client.client_id)
-            known = _Known(peer, key, client, catalog, peer.paths[identity.ca], caller)
-            self._callers.put(peer.thumbprint, known, 4096)
+        self._callers.put(peer.thumbprint, (peer, client, catalog, caller), 4096)
         return caller
 
     async def _by_token(self, peer: Peer, authorization: str) -> Caller:

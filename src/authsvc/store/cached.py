@@ -13,11 +13,6 @@ CLIENTS_BYTES_MAX = 32 * 2**20
 _CLIENT_BYTES = 8192  # a row with all its lists, measured generously
 
 
-def client_key(client_id: str) -> bytes:
-    """What the feed calls a client whose row changed."""
-    return marker_key(MarkerKind.CLIENT_CHANGED, client_id)
-
-
 class CachedClients:
     """Clients by id and by peer. What is not there is not remembered."""
 
@@ -39,7 +34,7 @@ class CachedClients:
 
     async def get(self, client_id: str) -> Client | None:
         """One client, as of the applied revision or later."""
-        key = client_key(client_id)
+        key = marker_key(MarkerKind.CLIENT_CHANGED, client_id)
         client = self._rows.get(key)
         return client if client is not None else await self._load(client_id, key)
 
@@ -51,9 +46,11 @@ class CachedClients:
             self._rows.put(key, client, _CLIENT_BYTES)
         return client
 
-    def at_hand(self, key: bytes) -> Client | None:
-        """The row of `client_key`, if it is kept and did not change."""
-        return self._rows.get(key)
+    def held(self, peer: Peer, now: float) -> Client | None:
+        """As `by_peer`, where its row is at hand."""
+        known = self._by_thumbprint.get(peer.thumbprint)
+        client = self._rows.get(known[1]) if known is not None else None
+        return client if client is not None and _is(client, peer, now) else None
 
     async def by_peer(self, peer: Peer, now: float) -> Client | None:
         """The client that this certificate names; None where there is none or more than one."""
@@ -72,7 +69,7 @@ class CachedClients:
         client_id = found[0].client_id
         if found[0].state is ClientState.PENDING:
             return found[0]
-        key = client_key(client_id)
+        key = marker_key(MarkerKind.CLIENT_CHANGED, client_id)
         self._by_thumbprint.put(peer.thumbprint, (client_id, key), 512)
         return self._rows.get(key) or await self._load(client_id, key)
 
@@ -89,22 +86,21 @@ class CachedCatalog:
 
     def __init__(self, store: ResourceStore) -> None:
         self._store = store
-        self.at_hand: Catalog | None = None
-        """The catalog, if it is kept and did not change."""
+        self._catalog: Catalog | None = None
         self._changes = 0
 
     async def changed(self, markers: tuple[Marker, ...]) -> None:
         """Drops it where a resource changed."""
         if any(marker.kind is MarkerKind.RESOURCE_CHANGED for marker in markers):
             self._changes += 1
-            self.at_hand = None
+            self._catalog = None
 
     async def __call__(self) -> Catalog:
         """The catalog, as of the applied revision or later."""
-        if self.at_hand is not None:
-            return self.at_hand
+        if self._catalog is not None:
+            return self._catalog
         changes = self._changes
         catalog = await self._store.catalog()
         if changes == self._changes:
-            self.at_hand = catalog
+            self._catalog = catalog
         return catalog

@@ -104,9 +104,9 @@ class MemoryClients:
         self.rows[client.client_id] = client
 
     def _is_taken(self, client: Client) -> bool:
-        identity = client.metadata.identity
-        return identity is not None and any(
-            row.metadata.identity == identity and row.state is not ClientState.REJECTED
+        name = _name(client)
+        return name is not None and any(
+            _name(row) == name and row.state is not ClientState.REJECTED
             for row in self.rows.values()
             if row.client_id != client.client_id
         )

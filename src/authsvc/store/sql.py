@@ -20,7 +20,7 @@ T = TypeVar("T")
 R = TypeVar("R", bound=Row[Any])
 
 COMMAND_TIMEOUT_S = 5.0
-POOL_CONNECTIONS = 8
+POOL_CONNECTIONS = 4
 
 log = structlog.get_logger()
 
@@ -50,12 +50,13 @@ class Database:
         self.dialect = self.url.get_backend_name()
         if self.dialect == "sqlite":
             self._writer = _sqlite(url, timeout_s, begin="BEGIN IMMEDIATE")
-            self._reader = self._follower = _sqlite(url, timeout_s, begin="BEGIN")
+            self._reader = _sqlite(url, timeout_s, begin="BEGIN")
+            self._follower = _sqlite(url, timeout_s, begin="BEGIN")
         elif self.dialect == "postgresql":
             self._writer = _postgres(url, timeout_s, POOL_CONNECTIONS)
             auto = {"isolation_level": "AUTOCOMMIT"}
-            self._reader = self._writer.execution_options(**auto)
-            self._follower = _postgres(url, timeout_s, 1).execution_options(**auto)
+            self._reader = _postgres(url, timeout_s, POOL_CONNECTIONS).execution_options(**auto)
+            self._follower = _postgres(url, timeout_s, 2).execution_options(**auto)
         else:
             raise ValueError(f"database.url: {self.dialect} is neither sqlite nor postgresql")
         self.time: ColumnElement[float] = literal_column(_TIME[self.dialect])

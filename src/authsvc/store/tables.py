@@ -10,7 +10,7 @@ _CURRENT = text(f"state = '{KeyState.CURRENT}'")
 
 
 class ClientRow(SQLModel, table=True):
-    """A client; a certificate name from one CA belongs to one client that is not rejected."""
+    """A client; a certificate name belongs to one client that is not rejected, whatever its CA."""
 
     __tablename__ = "client"
     __table_args__ = (
@@ -18,7 +18,6 @@ class ClientRow(SQLModel, table=True):
             "client_identity",
             "identity_kind",
             "identity_value",
-            "identity_ca",
             unique=True,
             sqlite_where=_NOT_REJECTED,
             postgresql_where=_NOT_REJECTED,

@@ -11,7 +11,11 @@ import jwt.algorithms
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.hazmat.primitives.asymmetric.utils import Prehashed, encode_dss_signature
+from cryptography.hazmat.primitives.asymmetric.utils import (
+    Prehashed,
+    decode_dss_signature,
+    encode_dss_signature,
+)
 from jwt.exceptions import PyJWTError
 
 from .markers import MarkerKind, marker_key
@@ -28,6 +32,10 @@ class _ES256(jwt.algorithms.ECAlgorithm):
     """As PyJWT's, but what is the same for every signature is made once: a twentieth faster."""
 
     _ecdsa = ec.ECDSA(Prehashed(hashes.SHA256()))
+
+    def sign(self, msg: bytes, key: Any) -> bytes:
+        r, s = decode_dss_signature(key.sign(sha256(msg).digest(), self._ecdsa))
+        return r.to_bytes(32, "big") + s.to_bytes(32, "big")
 
     def verify(self, msg: bytes, key: Any, sig: bytes) -> bool:
         if len(sig) != 64:

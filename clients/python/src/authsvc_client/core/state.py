@@ -109,6 +109,10 @@ class State:
             self._floor = now
         return self._floor
 
+    def ahead(self, boot: float) -> float:
+        """Seconds by which judged time is ahead of the database's clock, which went back."""
+        return self.now(boot) - (boot + self._offset)
+
     def age(self, boot: float) -> float:
         """Seconds since the head was confirmed; infinite before the first time."""
         return float("inf") if self.confirmed is None else boot - self.confirmed

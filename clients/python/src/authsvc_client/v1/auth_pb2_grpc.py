@@ -27,8 +27,10 @@ if _version_not_supported:
 
 class AuthServiceStub(object):
     """What every backend of a company calls.
-    Reasons common to all: PEER_CERTIFICATE_EXPIRED, PEER_CERTIFICATE_INVALID, FIELD_INVALID,
-    STORE_UNAVAILABLE, RATE_LIMITED, DEADLINE_EXCEEDED, DRAINING, INTERNAL.
+    Reasons common to all: PEER_CERTIFICATE_MISSING, PEER_CERTIFICATE_EXPIRED,
+    PEER_CERTIFICATE_INVALID, AUTH_METHOD_AMBIGUOUS, FIELD_INVALID, STORE_UNAVAILABLE, RATE_LIMITED,
+    DEADLINE_EXCEEDED, DRAINING, INTERNAL. Where a scope is asked for: also CALLER_UNKNOWN,
+    CALLER_TOKEN_INVALID, INSUFFICIENT_SCOPE, CLIENT_PENDING, CLIENT_EXPIRED, CLIENT_SUSPENDED.
     """
 
     def __init__(self, channel):
@@ -81,8 +83,10 @@ class AuthServiceStub(object):
 
 class AuthServiceServicer(object):
     """What every backend of a company calls.
-    Reasons common to all: PEER_CERTIFICATE_EXPIRED, PEER_CERTIFICATE_INVALID, FIELD_INVALID,
-    STORE_UNAVAILABLE, RATE_LIMITED, DEADLINE_EXCEEDED, DRAINING, INTERNAL.
+    Reasons common to all: PEER_CERTIFICATE_MISSING, PEER_CERTIFICATE_EXPIRED,
+    PEER_CERTIFICATE_INVALID, AUTH_METHOD_AMBIGUOUS, FIELD_INVALID, STORE_UNAVAILABLE, RATE_LIMITED,
+    DEADLINE_EXCEEDED, DRAINING, INTERNAL. Where a scope is asked for: also CALLER_UNKNOWN,
+    CALLER_TOKEN_INVALID, INSUFFICIENT_SCOPE, CLIENT_PENDING, CLIENT_EXPIRED, CLIENT_SUSPENDED.
     """
 
     def IssueToken(self, request, context):
@@ -147,7 +151,8 @@ class AuthServiceServicer(object):
     def WatchChanges(self, request, context):
         """Streams what can kill or alter a token: a snapshot, then deltas, and a heartbeat at least every
         second. Clients with the scope `watch`. Reasons: CALLER_UNKNOWN, INSUFFICIENT_SCOPE,
-        REVISION_COMPACTED, REVISION_UNKNOWN, STATE_STALE, WATCHER_TOO_SLOW.
+        REVISION_COMPACTED, STATE_STALE (also where this server has not reached the revision to resume
+        from), WATCHER_TOO_SLOW.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -213,8 +218,10 @@ def add_AuthServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class AuthService(object):
     """What every backend of a company calls.
-    Reasons common to all: PEER_CERTIFICATE_EXPIRED, PEER_CERTIFICATE_INVALID, FIELD_INVALID,
-    STORE_UNAVAILABLE, RATE_LIMITED, DEADLINE_EXCEEDED, DRAINING, INTERNAL.
+    Reasons common to all: PEER_CERTIFICATE_MISSING, PEER_CERTIFICATE_EXPIRED,
+    PEER_CERTIFICATE_INVALID, AUTH_METHOD_AMBIGUOUS, FIELD_INVALID, STORE_UNAVAILABLE, RATE_LIMITED,
+    DEADLINE_EXCEEDED, DRAINING, INTERNAL. Where a scope is asked for: also CALLER_UNKNOWN,
+    CALLER_TOKEN_INVALID, INSUFFICIENT_SCOPE, CLIENT_PENDING, CLIENT_EXPIRED, CLIENT_SUSPENDED.
     """
 
     @staticmethod

@@ -28,8 +28,10 @@ GRPC_VERSION: str
 
 class AuthServiceStub:
     """What every backend of a company calls.
-    Reasons common to all: PEER_CERTIFICATE_EXPIRED, PEER_CERTIFICATE_INVALID, FIELD_INVALID,
-    STORE_UNAVAILABLE, RATE_LIMITED, DEADLINE_EXCEEDED, DRAINING, INTERNAL.
+    Reasons common to all: PEER_CERTIFICATE_MISSING, PEER_CERTIFICATE_EXPIRED,
+    PEER_CERTIFICATE_INVALID, AUTH_METHOD_AMBIGUOUS, FIELD_INVALID, STORE_UNAVAILABLE, RATE_LIMITED,
+    DEADLINE_EXCEEDED, DRAINING, INTERNAL. Where a scope is asked for: also CALLER_UNKNOWN,
+    CALLER_TOKEN_INVALID, INSUFFICIENT_SCOPE, CLIENT_PENDING, CLIENT_EXPIRED, CLIENT_SUSPENDED.
     """
 
     @_typing.overload
@@ -74,7 +76,8 @@ class AuthServiceStub:
     WatchChanges: _grpc.UnaryStreamMultiCallable[_auth_pb2.WatchChangesRequest, _auth_pb2.WatchChangesResponse]
     """Streams what can kill or alter a token: a snapshot, then deltas, and a heartbeat at least every
     second. Clients with the scope `watch`. Reasons: CALLER_UNKNOWN, INSUFFICIENT_SCOPE,
-    REVISION_COMPACTED, REVISION_UNKNOWN, STATE_STALE, WATCHER_TOO_SLOW.
+    REVISION_COMPACTED, STATE_STALE (also where this server has not reached the revision to resume
+    from), WATCHER_TOO_SLOW.
     """
     GetKeys: _grpc.UnaryUnaryMultiCallable[_auth_pb2.GetKeysRequest, _auth_pb2.GetKeysResponse]
     """Answers the public signing keys (RFC 7517). Anyone."""
@@ -82,8 +85,10 @@ class AuthServiceStub:
 @_typing.type_check_only
 class AuthServiceAsyncStub(AuthServiceStub):
     """What every backend of a company calls.
-    Reasons common to all: PEER_CERTIFICATE_EXPIRED, PEER_CERTIFICATE_INVALID, FIELD_INVALID,
-    STORE_UNAVAILABLE, RATE_LIMITED, DEADLINE_EXCEEDED, DRAINING, INTERNAL.
+    Reasons common to all: PEER_CERTIFICATE_MISSING, PEER_CERTIFICATE_EXPIRED,
+    PEER_CERTIFICATE_INVALID, AUTH_METHOD_AMBIGUOUS, FIELD_INVALID, STORE_UNAVAILABLE, RATE_LIMITED,
+    DEADLINE_EXCEEDED, DRAINING, INTERNAL. Where a scope is asked for: also CALLER_UNKNOWN,
+    CALLER_TOKEN_INVALID, INSUFFICIENT_SCOPE, CLIENT_PENDING, CLIENT_EXPIRED, CLIENT_SUSPENDED.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -125,15 +130,18 @@ class AuthServiceAsyncStub(AuthServiceStub):
     WatchChanges: _aio.UnaryStreamMultiCallable[_auth_pb2.WatchChangesRequest, _auth_pb2.WatchChangesResponse]  # type: ignore[assignment]
     """Streams what can kill or alter a token: a snapshot, then deltas, and a heartbeat at least every
     second. Clients with the scope `watch`. Reasons: CALLER_UNKNOWN, INSUFFICIENT_SCOPE,
-    REVISION_COMPACTED, REVISION_UNKNOWN, STATE_STALE, WATCHER_TOO_SLOW.
+    REVISION_COMPACTED, STATE_STALE (also where this server has not reached the revision to resume
+    from), WATCHER_TOO_SLOW.
     """
     GetKeys: _aio.UnaryUnaryMultiCallable[_auth_pb2.GetKeysRequest, _auth_pb2.GetKeysResponse]  # type: ignore[assignment]
     """Answers the public signing keys (RFC 7517). Anyone."""
 
 class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
     """What every backend of a company calls.
-    Reasons common to all: PEER_CERTIFICATE_EXPIRED, PEER_CERTIFICATE_INVALID, FIELD_INVALID,
-    STORE_UNAVAILABLE, RATE_LIMITED, DEADLINE_EXCEEDED, DRAINING, INTERNAL.
+    Reasons common to all: PEER_CERTIFICATE_MISSING, PEER_CERTIFICATE_EXPIRED,
+    PEER_CERTIFICATE_INVALID, AUTH_METHOD_AMBIGUOUS, FIELD_INVALID, STORE_UNAVAILABLE, RATE_LIMITED,
+    DEADLINE_EXCEEDED, DRAINING, INTERNAL. Where a scope is asked for: also CALLER_UNKNOWN,
+    CALLER_TOKEN_INVALID, INSUFFICIENT_SCOPE, CLIENT_PENDING, CLIENT_EXPIRED, CLIENT_SUSPENDED.
     """
 
     @_abc_1.abstractmethod
@@ -215,7 +223,8 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_auth_pb2.WatchChangesResponse], _abc.AsyncIterator[_auth_pb2.WatchChangesResponse]]:
         """Streams what can kill or alter a token: a snapshot, then deltas, and a heartbeat at least every
         second. Clients with the scope `watch`. Reasons: CALLER_UNKNOWN, INSUFFICIENT_SCOPE,
-        REVISION_COMPACTED, REVISION_UNKNOWN, STATE_STALE, WATCHER_TOO_SLOW.
+        REVISION_COMPACTED, STATE_STALE (also where this server has not reached the revision to resume
+        from), WATCHER_TOO_SLOW.
         """
 
     @_abc_1.abstractmethod

@@ -27,7 +27,7 @@ if _version_not_supported:
 
 class ClientServiceStub(object):
     """Administers clients. Registration itself is AuthService.RegisterClient.
-    Reasons common to all: CALLER_UNKNOWN, INSUFFICIENT_SCOPE, FIELD_INVALID.
+    Reasons common to all: as AuthService's where a scope is asked for.
     """
 
     def __init__(self, channel):
@@ -130,7 +130,7 @@ class ClientServiceStub(object):
 
 class ClientServiceServicer(object):
     """Administers clients. Registration itself is AuthService.RegisterClient.
-    Reasons common to all: CALLER_UNKNOWN, INSUFFICIENT_SCOPE, FIELD_INVALID.
+    Reasons common to all: as AuthService's where a scope is asked for.
     """
 
     def GetClient(self, request, context):
@@ -375,7 +375,7 @@ def add_ClientServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class ClientService(object):
     """Administers clients. Registration itself is AuthService.RegisterClient.
-    Reasons common to all: CALLER_UNKNOWN, INSUFFICIENT_SCOPE, FIELD_INVALID.
+    Reasons common to all: as AuthService's where a scope is asked for.
     """
 
     @staticmethod

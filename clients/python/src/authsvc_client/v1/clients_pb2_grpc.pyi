@@ -28,7 +28,7 @@ GRPC_VERSION: str
 
 class ClientServiceStub:
     """Administers clients. Registration itself is AuthService.RegisterClient.
-    Reasons common to all: CALLER_UNKNOWN, INSUFFICIENT_SCOPE, FIELD_INVALID.
+    Reasons common to all: as AuthService's where a scope is asked for.
     """
 
     @_typing.overload
@@ -100,7 +100,7 @@ class ClientServiceStub:
 @_typing.type_check_only
 class ClientServiceAsyncStub(ClientServiceStub):
     """Administers clients. Registration itself is AuthService.RegisterClient.
-    Reasons common to all: CALLER_UNKNOWN, INSUFFICIENT_SCOPE, FIELD_INVALID.
+    Reasons common to all: as AuthService's where a scope is asked for.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -168,7 +168,7 @@ class ClientServiceAsyncStub(ClientServiceStub):
 
 class ClientServiceServicer(metaclass=_abc_1.ABCMeta):
     """Administers clients. Registration itself is AuthService.RegisterClient.
-    Reasons common to all: CALLER_UNKNOWN, INSUFFICIENT_SCOPE, FIELD_INVALID.
+    Reasons common to all: as AuthService's where a scope is asked for.
     """
 
     @_abc_1.abstractmethod

@@ -27,7 +27,7 @@ if _version_not_supported:
 
 class ResourceServiceStub(object):
     """Administers resources. Who may call: administrators (scope `admin`).
-    Reasons common to all: CALLER_UNKNOWN, INSUFFICIENT_SCOPE, FIELD_INVALID.
+    Reasons common to all: as AuthService's where a scope is asked for.
     """
 
     def __init__(self, channel):
@@ -65,7 +65,7 @@ class ResourceServiceStub(object):
 
 class ResourceServiceServicer(object):
     """Administers resources. Who may call: administrators (scope `admin`).
-    Reasons common to all: CALLER_UNKNOWN, INSUFFICIENT_SCOPE, FIELD_INVALID.
+    Reasons common to all: as AuthService's where a scope is asked for.
     """
 
     def CreateResource(self, request, context):
@@ -144,7 +144,7 @@ def add_ResourceServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class ResourceService(object):
     """Administers resources. Who may call: administrators (scope `admin`).
-    Reasons common to all: CALLER_UNKNOWN, INSUFFICIENT_SCOPE, FIELD_INVALID.
+    Reasons common to all: as AuthService's where a scope is asked for.
     """
 
     @staticmethod

@@ -28,7 +28,7 @@ GRPC_VERSION: str
 
 class ResourceServiceStub:
     """Administers resources. Who may call: administrators (scope `admin`).
-    Reasons common to all: CALLER_UNKNOWN, INSUFFICIENT_SCOPE, FIELD_INVALID.
+    Reasons common to all: as AuthService's where a scope is asked for.
     """
 
     @_typing.overload
@@ -55,7 +55,7 @@ class ResourceServiceStub:
 @_typing.type_check_only
 class ResourceServiceAsyncStub(ResourceServiceStub):
     """Administers resources. Who may call: administrators (scope `admin`).
-    Reasons common to all: CALLER_UNKNOWN, INSUFFICIENT_SCOPE, FIELD_INVALID.
+    Reasons common to all: as AuthService's where a scope is asked for.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -78,7 +78,7 @@ class ResourceServiceAsyncStub(ResourceServiceStub):
 
 class ResourceServiceServicer(metaclass=_abc_1.ABCMeta):
     """Administers resources. Who may call: administrators (scope `admin`).
-    Reasons common to all: CALLER_UNKNOWN, INSUFFICIENT_SCOPE, FIELD_INVALID.
+    Reasons common to all: as AuthService's where a scope is asked for.
     """
 
     @_abc_1.abstractmethod

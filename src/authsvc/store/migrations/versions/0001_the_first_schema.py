@@ -34,7 +34,7 @@ def upgrade() -> None:
     op.create_index(
         "client_identity",
         "client",
-        ["identity_kind", "identity_value", "identity_ca"],
+        ["identity_kind", "identity_value"],
         unique=True,
         sqlite_where=sa.text("identity_value IS NOT NULL AND state <> 3"),
         postgresql_where=sa.text("identity_value IS NOT NULL AND state <> 3"),
