@@ -1,5 +1,6 @@
 """Starts that must fail, each with what to do, beside the one that works."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,9 @@ def test_kept_file_is_private_whole_and_made_once(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["secret"]
 
 
-async def test_nothing_that_a_server_makes_is_readable_by_others(tmp_path: Path) -> None:
+def test_nothing_that_a_server_makes_is_readable_by_others(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
-    await start(settings(tmp_path))
+    asyncio.run(start(settings(tmp_path)))
     public = {"ca.pem", "server.pem", "admin.pem"}
     files = [path for path in tmp_path.rglob("*") if path.is_file() and path.name not in public]
     assert {"authsvc.db", "seal.key", "database.id"} <= {path.name for path in files}

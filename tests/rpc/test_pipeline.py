@@ -10,6 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from authsvc.keys.secrets import new_id
 from authsvc.rpc import pipeline
 from authsvc.rpc.server import SERVICES
 from authsvc.store.port import Store
@@ -68,7 +69,7 @@ async def test_request_id_is_echoed_where_it_is_one(
 
 
 def _is_id(echoed: str | None, found: str | bytes) -> bool:
-    return found == echoed if echoed else len(found) == 26
+    return found == echoed if echoed else len(found) == len(new_id())
 
 
 async def test_request_id_of_one_call_is_not_the_next_ones(server: Running) -> None:

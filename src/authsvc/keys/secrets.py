@@ -19,9 +19,9 @@ _SECRET_CHARS = 43  # 32 bytes in base64url
 def new_id() -> str:
     """128 random bits: identity of tokens, clients, incidents, signing keys.
 
-    Base32, so that no id begins with a hyphen and each is one word to a double click.
+    Hexadecimal, so that no id begins with a hyphen and each is one word to a double click.
     """
-    return base64.b32encode(secrets.token_bytes(16)).decode().rstrip("=").lower()
+    return secrets.token_hex(16)
 
 
 def new_seal_key() -> bytes:
