@@ -31,9 +31,12 @@ class Orders(orders_pb2_grpc.OrdersServiceServicer):
                     billing_pb2.ChargeRequest(order_id=str(number), cents=100)
                 )
 
-        async with asyncio.TaskGroup() as tasks:
-            for number in range(request.count):
-                tasks.create_task(charge(number))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for number in range(request.count):
+                    tasks.create_task(charge(number))
+        except ExceptionGroup as refusals:
+            await hand_on(refusals.exceptions[0], context)
         return orders_pb2.PlaceOrdersResponse(charged=request.count)
 
     async def CancelOrder(
@@ -43,9 +46,16 @@ class Orders(orders_pb2_grpc.OrdersServiceServicer):
         try:
             await self._billing.Refund(billing_pb2.RefundRequest(order_id=request.order_id))
         except grpc.aio.AioRpcError as error:
-            trailers = tuple(error.trailing_metadata())
-            await context.abort(error.code(), f"billing: {error.details()}", trailers)
+            await hand_on(error, context)
         return orders_pb2.CancelOrderResponse()
+
+
+async def hand_on(error: BaseException, context: Any) -> None:
+    """Answers what billing answered, with its reason."""
+    if not isinstance(error, grpc.aio.AioRpcError):
+        raise error
+    trailers = tuple(error.trailing_metadata())
+    await context.abort(error.code(), f"billing: {error.details()}", trailers)
 
 
 async def run(service: Service, authsvc: AuthsvcClient, port_file: Path) -> None:
