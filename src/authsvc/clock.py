@@ -1,4 +1,4 @@
-"""Where time comes from. Nothing else may ask the machine for it."""
+"""Where time comes from; only how long a call took is measured elsewhere."""
 
 import time
 from typing import Protocol

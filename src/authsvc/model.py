@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from types import MappingProxyType
 
-CLIENT_ID_CHARS_MAX = 64
 ANY_AUDIENCE = "*"
 
 # Scopes of authsvc itself, as a resource whose id is the issuer.

@@ -44,7 +44,7 @@ def new_secret(prefix: str) -> str:
 
 
 def is_secret(text: str, prefix: str) -> bool:
-    """Whether it could be one of ours; what is not costs no look-up."""
+    """Whether it has the form and the checksum of one of ours."""
     if not text.startswith(prefix) or len(text) != len(prefix) + _SECRET_CHARS + _CHECK_CHARS:
         return False
     if not text.isascii():

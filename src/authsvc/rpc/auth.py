@@ -107,7 +107,8 @@ class AuthServicer:
     async def _revoking_client(self, request: auth_pb2.RevokeTokenRequest, call: Call) -> str:
         """The client that asks: by its credential, or the one that its certificate names.
 
-        One that is not let in may still revoke what it holds (RFC 7009 section 2.1).
+        One that is not let in may still revoke what it holds, if it names itself and proves it
+        (RFC 7009 section 2.1).
         """
         if request.client_id:
             offered = _credentials(request.client_id, request.client_credential, call)

@@ -44,8 +44,9 @@ def timestamp(seconds: float | None) -> Timestamp | None:
     """Seconds since the epoch; None stays unset."""
     if seconds is None:
         return None
-    whole = int(seconds)
-    return Timestamp(seconds=whole, nanos=int((seconds - whole) * 1e9))
+    stamp = Timestamp()
+    _set_time(stamp, seconds)
+    return stamp
 
 
 def _set_time(stamp: Timestamp, seconds: float) -> None:

@@ -110,7 +110,7 @@ class Policy:
         """None where the client did not register its certificate as a way to authenticate."""
         if AuthMethod.TLS_CLIENT_AUTH not in client.metadata.auth_methods:
             return None
-        audiences = client.metadata.validates | catalog.owned_by(client.client_id)
+        audiences = _audiences(client, catalog)
         caller = Caller(client.client_id, client.client_id, client.metadata.scopes, audiences, peer)
         self._callers.put(peer.thumbprint, (peer, client, catalog, caller), 4096)
         return caller
@@ -131,6 +131,10 @@ class Policy:
         if client is None:
             raise AuthError(Reason.CALLER_UNKNOWN)
         require_let_in(client, self._judge.state.now(boot))
-        catalog = await self._catalog()
-        audiences = client.metadata.validates | catalog.owned_by(client.client_id)
+        audiences = _audiences(client, await self._catalog())
         return Caller(claims.subject, client.client_id, claims.scopes, audiences, peer)
+
+
+def _audiences(client: Client, catalog: Catalog) -> frozenset[str]:
+    """Whose tokens a client may validate: those named to it, and of the resources that it owns."""
+    return client.metadata.validates | catalog.owned_by(client.client_id)

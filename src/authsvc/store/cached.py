@@ -1,7 +1,7 @@
-"""Rows kept in this process, each with the revision before its read; the feed drops them.
+"""Rows kept in this process; the feed drops what changed before the applied revision advances.
 
-A row is served only while no change of it at or above that revision is known, so a token minted
-by it carries a `rev` that is right (docs/decisions/0003).
+A row whose read overlapped with any change is used once and not kept, so what is kept is as of the
+applied revision, and a token minted by it carries a `rev` that is right (docs/decisions/0003).
 """
 
 from authsvc.model import Catalog, Client, ClientState, IdentityKind, Peer, peer_names
