@@ -36,13 +36,21 @@ class Peer:
     spiffe_id: str
     """The URI SAN where there is exactly one and it is a SPIFFE ID; else empty."""
     dns_names: frozenset[str]
-    """DNS SANs, in lower case."""
+    """DNS SANs, in lower case; none where a bundle vouches for the SPIFFE ID."""
     subject_dn: str
-    """Subject (RFC 4514); empty where the certificate has none."""
+    """Subject (RFC 4514); empty where the certificate has none, or a bundle vouches for it."""
     validity: Validity
     """Of the certificate itself."""
     paths: Mapping[str, Validity]
-    """CA (lower-case hex SHA-256 of its SubjectPublicKeyInfo) -> validity of the whole path."""
+    """Pin of a CA -> validity of the whole path.
+
+    A client CA of the listener is pinned by the lower-case hex SHA-256 of its SubjectPublicKeyInfo,
+    the bundle of an outside trust domain by the ID of that: `spiffe://partner.example`.
+    """
+
+
+NOBODY = Peer("", "", frozenset(), "", Validity(0.0, 0.0), MappingProxyType({}))
+"""Who is on a connection without a certificate: it matches no identity and binds no token."""
 
 
 class IdentityKind(StrEnum):
@@ -60,7 +68,7 @@ class CertificateIdentity:
     kind: IdentityKind
     value: str
     ca: str
-    """Lower-case hex SHA-256 of the CA's SubjectPublicKeyInfo."""
+    """A pin, as in `Peer.paths`."""
 
     def matches(self, peer: Peer, now: float) -> bool:
         """Whether the peer has this name, by a path to this CA that is valid at `now`."""
@@ -126,6 +134,10 @@ class ClientMetadata:
     texts: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """client_uri, logo_uri, policy_uri, tos_uri, software_id, software_version."""
     contacts: tuple[str, ...] = ()
+    jwks: str = ""
+    """Public keys for private_key_jwt (RFC 7517, JSON)."""
+    may_act: str = ""
+    """The only client that may act for it at a token exchange (RFC 8693 section 4.4)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +158,88 @@ class Client:
     approval_expire_time: float | None = None
     secret_digest: bytes | None = None
     """SHA-256 of the secret."""
-    cutoff: int = 0
-    """Tokens with a `rev` below it are dead; never lowered."""
+    secret_used: bool = False
+    """The secret authenticated once; until then a retried registration replaces it."""
+    previous_secret_digest: bytes | None = None
+    previous_secret_until: float | None = None
+    """Until when the secret before it works too."""
+    registration_digest: bytes | None = None
+    """SHA-256 of the registration access token (RFC 7592)."""
+    registration_rev: int = 0
+    """Revision that the registration access token comes from."""
+
+
+@dataclass(frozen=True, slots=True)
+class InitialAccessToken:
+    """A token that lets its bearer register clients (RFC 7591 section 1.2), without its value."""
+
+    initial_access_token_id: str
+    display_name: str
+    uses_left: int
+    rev: int
+    create_time: float
+    expire_time: float
+    digest: bytes = field(default=b"", repr=False)
+    """SHA-256 of its value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Whom a token speaks for and where it comes from: what is kept over an exchange."""
+
+    subject: str
+    actors: tuple[str, ...] = ()
+    """`act.sub`, outermost first (RFC 8693 section 4.1)."""
+    grant_id: str = ""
+    session_id: str = ""
+    root_jti: str = ""
+    """`jti` of the token that an exchange began with, or id of the API key that it was got by."""
+    key_ids: tuple[str, ...] = ()
+    """Signing keys of the tokens that it was exchanged from."""
+    auth_time: int | None = None
+    acr: str = ""
+    amr: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What a client got for a subject, and where its refresh token stands."""
+
+    grant_id: str
+    client_id: str
+    origin: Origin
+    """Its own, with `grant_id` the grant that it was exchanged from, if any."""
+    grant_type: GrantType
+    """How it was got."""
+    scopes: frozenset[str]
+    audiences: tuple[str, ...]
+    sender: str
+    """Client id; of a public client the thumbprint of its key, or nothing."""
+    rev: int
+    handle: bytes = field(repr=False)
+    key_id: str
+    """Key of the refresh token's live generation."""
+    create_time: float
+    idle_expire_time: float
+    expire_time: float
+    generation: int = 1
+    use_time: float | None = None
+    """When its refresh token was last used."""
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """An API key of a client, without its value."""
+
+    api_key_id: str
+    client_id: str
+    display_name: str
+    scopes: frozenset[str]
+    rev: int
+    create_time: float
+    expire_time: float | None = None
+    digest: bytes = field(default=b"", repr=False)
+    """SHA-256 of its value."""
 
 
 class TokenFormat(IntEnum):
@@ -172,6 +264,9 @@ class Resource:
     token_format: TokenFormat = TokenFormat.JWT
     token_lifetime_s: int = 300
     staleness_max_s: int | None = None
+    encryption_jwk: str = ""
+    """Public JWK that its tokens are encrypted to (RFC 7517, JSON)."""
+    freeze_permissions: bool = False
     version: int = 1
 
 
@@ -209,9 +304,24 @@ class SigningKey:
     alg: str
     state: KeyState
     public_jwk: Mapping[str, str]
-    sealed_private: bytes
-    """PKCS #8, encrypted at rest (keys.secrets)."""
+    """Empty once no token of it can be alive."""
+    sealed_private: bytes = field(repr=False)
+    """PKCS #8, encrypted at rest (keys.secrets); empty once it signs no more."""
     create_time: float
+    ready_time: float = 0.0
+    """When every validator knows it, so that it may sign."""
+    activate_time: float | None = None
+    retire_time: float | None = None
+    taint_time: float | None = None
+
+    @property
+    def verifies(self) -> bool:
+        """Whether its signatures are taken; a tainted one's never are, marker or not."""
+        return self.state is not KeyState.TAINTED and bool(self.public_jwk)
+
+    def is_over(self, before: float) -> bool:
+        """Whether it verifies, but was retired before then."""
+        return self.verifies and self.retire_time is not None and self.retire_time < before
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,10 @@ import pytest
 from authsvc.errors import AuthError, Reason
 from authsvc.feed import append as module
 from authsvc.feed.append import Append
-from authsvc.store.memory import MemoryFeed, memory_store
-from authsvc.store.port import Change, FeedPage
-from authsvc_client.core.markers import MarkerKind, marker_key
+from authsvc.store.port import Change, FeedPage, change
+from authsvc_client.core.markers import MarkerKind
 from tests.clocks import HandClock
+from tests.feed.feeds import BentFeed
 
 Hook = Callable[[Sequence[Change]], Awaitable[None]]
 
@@ -21,9 +21,7 @@ class CountedFeed:
     """A feed whose transactions are kept, and begin with what a test puts in their way."""
 
     def __init__(self, before: Hook | None = None) -> None:
-        feed = memory_store(HandClock()).feed
-        assert isinstance(feed, MemoryFeed)
-        self.feed = feed
+        self.feed = BentFeed(HandClock())
         self.before = before
         self.transactions: list[list[Change]] = []
         self.under_way = 0
@@ -53,7 +51,7 @@ class CountedFeed:
 
 
 def dead(token: str) -> Change:
-    return MarkerKind.TOKEN_DEAD, marker_key(MarkerKind.TOKEN_DEAD, token)
+    return change(MarkerKind.TOKEN_DEAD, token)
 
 
 class Gate:
@@ -140,7 +138,7 @@ async def test_a_caller_that_goes_away_loses_nothing() -> None:
     gate.opened.set()
     assert await under_way[1] == store.feed.head - 1
     assert await waiting[1] == store.feed.head
-    assert store.written() == {dead(name)[1]: 1 for name in "abcd"}
+    assert store.written() == {dead(name).key: 1 for name in "abcd"}
 
 
 async def test_one_bad_member_fails_alone() -> None:
@@ -149,7 +147,7 @@ async def test_one_bad_member_fails_alone() -> None:
     found = await reasons([append([dead(str(n))]) for n in range(6)])
     assert found == [Reason.STORE_UNAVAILABLE if n == 3 else None for n in range(6)]
     assert [len(changes) for changes in store.transactions] == [6] + [1] * 6
-    assert store.written() == {dead(str(n))[1]: 1 for n in range(6) if n != 3}
+    assert store.written() == {dead(str(n)).key: 1 for n in range(6) if n != 3}
 
 
 async def test_a_database_that_is_gone_is_not_asked_for_each_member() -> None:
@@ -160,7 +158,7 @@ async def test_a_database_that_is_gone_is_not_asked_for_each_member() -> None:
     assert len(store.transactions) == 3
     store.before = None
     assert await append([dead("later")]) == store.feed.head
-    assert store.written() == {dead("later")[1]: 1}
+    assert store.written() == {dead("later").key: 1}
 
 
 @pytest.mark.parametrize("members", [1, 5])

@@ -10,11 +10,11 @@ from authsvc.errors import AuthError, Reason
 from authsvc.feed import follow as module
 from authsvc.feed.follow import WATCHER_CHANGES_MAX, Applied, Follow, Listener
 from authsvc.feed.watch import Event, WatchChanges
-from authsvc.store.memory import MemoryFeed, memory_store
-from authsvc.store.port import ANY_KEY, Change, FeedPage
+from authsvc.store.port import ANY_KEY, Change, FeedPage, change
 from authsvc_client.core.markers import Marker, MarkerKind, marker_key
 from authsvc_client.core.state import REVISIONS_PER_EPOCH, State, StateStale
 from tests.clocks import HandClock
+from tests.feed.feeds import BentFeed
 
 STALENESS_S = 120.0
 EVERYTHING = marker_key(MarkerKind.CUTOFF_EVERYTHING)
@@ -25,16 +25,14 @@ def key(token: str) -> bytes:
 
 
 def dead(*tokens: str) -> list[Change]:
-    return [(MarkerKind.TOKEN_DEAD, key(token)) for token in tokens]
+    return [change(MarkerKind.TOKEN_DEAD, token) for token in tokens]
 
 
 class FaultyFeed:
-    """A feed in memory with a hook around each read."""
+    """A feed with a hook around each read."""
 
     def __init__(self, clock: HandClock) -> None:
-        feed = memory_store(clock).feed
-        assert isinstance(feed, MemoryFeed)
-        self.memory = feed
+        self.bent = BentFeed(clock)
         self.reads: list[int] = []
         self.before: Callable[[], Awaitable[None]] | None = None
         self.after: Callable[[], Awaitable[None]] | None = None
@@ -42,23 +40,23 @@ class FaultyFeed:
         self.epochs = 0
 
     async def append(self, changes: Sequence[Change]) -> int:
-        return await self.memory.append(changes)
+        return await self.bent.append(changes)
 
     async def read(self, cursor: int) -> FeedPage:
         self.reads.append(cursor)
         if self.before is not None:
             await self.before()
-        page = await self.memory.read(cursor)
+        page = await self.bent.read(cursor)
         if self.after is not None:
             await self.after()
         return page
 
     async def begin(self, page: FeedPage) -> None:
-        await self.memory.begin(page)
+        await self.bent.begin(page)
 
     async def raise_epoch(self, page: FeedPage, above: int, *, cut_off: bool) -> None:
         self.epochs += 1
-        await self.memory.raise_epoch(page, above, cut_off=cut_off)
+        await self.bent.raise_epoch(page, above, cut_off=cut_off)
 
 
 class Worker:
@@ -128,7 +126,7 @@ async def test_markers_are_applied_and_confirmed(
     assert not worker.state.is_dead(key("c"))
     assert feed.reads == [0, revision - 1]
     worker.state.require_fresh(clock.boot())
-    assert feed.memory.known_fingerprint == feed.memory.fingerprint
+    assert feed.bent.known_fingerprint == feed.bent.fingerprint
 
 
 async def test_listeners_hear_of_a_change_before_the_revision_advances(
@@ -251,22 +249,22 @@ Change_ = Callable[[FaultyFeed], None]
 
 
 def another_fingerprint(feed: FaultyFeed) -> None:
-    feed.memory.fingerprint = "another"
+    feed.bent.fingerprint = "another"
 
 
 def lost_commits(feed: FaultyFeed) -> None:
-    feed.memory.head -= 2
-    feed.memory.markers = [m for m in feed.memory.markers if m.revision <= feed.memory.head]
+    feed.bent.head -= 2
+    feed.bent.markers = [m for m in feed.bent.markers if m.revision <= feed.bent.head]
 
 
 def other_commits(feed: FaultyFeed) -> None:
-    feed.memory.nonces[feed.memory.head] = "another"
+    feed.bent.nonces[feed.bent.head] = "another"
 
 
 def started_over(feed: FaultyFeed) -> None:
-    feed.memory.head = REVISIONS_PER_EPOCH
-    feed.memory.markers = []
-    feed.memory.known_fingerprint = ""
+    feed.bent.head = REVISIONS_PER_EPOCH
+    feed.bent.markers = []
+    feed.bent.known_fingerprint = ""
 
 
 @pytest.mark.parametrize(
@@ -288,10 +286,10 @@ async def test_another_history_raises_the_epoch_once(
     for worker in workers:
         await worker.follow.poll()
         assert feed.epochs == 1
-        assert worker.state.revision == feed.memory.head == (cutoff or opening)
+        assert worker.state.revision == feed.bent.head == (cutoff or opening)
         assert worker.state.everything == worker.state.cutoff(()) == cutoff
         assert all(worker.state.is_dead(key(str(number))) for number in range(4))
-    assert feed.memory.known_fingerprint == feed.memory.fingerprint
+    assert feed.bent.known_fingerprint == feed.bent.fingerprint
     revision = await feed.append(dead("new"))
     for _ in range(3):
         for worker in workers:
@@ -342,7 +340,7 @@ async def test_an_epoch_that_cannot_be_raised_confirms_nothing(
         raise AuthError(Reason.COMMIT_UNKNOWN)
 
     with monkeypatch.context() as patch:
-        patch.setattr(feed.memory, "raise_epoch", fail)
+        patch.setattr(feed.bent, "raise_epoch", fail)
         with pytest.raises(AuthError):
             await worker.follow.poll()
     assert worker.state.age(clock.boot()) == 7
@@ -366,13 +364,13 @@ async def test_below_what_is_compacted_a_snapshot_is_taken(
     cursor = worker.state.revision
     for number in range(6, 12):
         await feed.append(dead(str(number)))
-    feed.memory.compacted_to = cursor + 2
-    feed.memory.markers = [m for m in feed.memory.markers if m.revision > cursor + 2]
+    feed.bent.compacted_to = cursor + 2
+    feed.bent.markers = [m for m in feed.bent.markers if m.revision > cursor + 2]
     feed.reads.clear()
     await worker.follow.poll()
     assert feed.reads == [cursor, 0]
     assert feed.epochs == 0
-    assert worker.state.revision == feed.memory.head
+    assert worker.state.revision == feed.bent.head
     # What was compacted unread has run out; what was read before is kept.
     assert [n for n in range(12) if not worker.state.is_dead(key(str(n)))] == [6, 7]
     assert {m.kind for m in heard[-1] if m.key == ANY_KEY} == {
@@ -400,8 +398,8 @@ async def test_subscriptions_get_every_change_in_order_and_heartbeats(
             markers: list[Marker] = []
             if number % 3:
                 await feed.append(dead(str(number), f"{number}b"))
-                markers = feed.memory.markers[-2:]
-            expected.append(Applied(feed.memory.head, tuple(markers), start, clock.wall()))
+                markers = feed.bent.markers[-2:]
+            expected.append(Applied(feed.bent.head, tuple(markers), start, clock.wall()))
             await worker.follow.poll()
             clock.advance(1)
         for subscription in (one, two):
@@ -420,7 +418,7 @@ async def test_a_slow_watcher_is_lost_and_holds_up_nobody(worker: Worker, feed: 
         for number in range(WATCHER_CHANGES_MAX + 10):
             await feed.append(dead(str(number)))
             await worker.follow.poll()
-            assert quick.queue.get_nowait().revision == feed.memory.head
+            assert quick.queue.get_nowait().revision == feed.bent.head
         assert slow.lost
         assert not quick.lost
         # It can tell where its gap begins: nothing comes after it, even when there is room again.

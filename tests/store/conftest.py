@@ -13,8 +13,8 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
+from authsvc.clock import SystemClock
 from authsvc.store import sql_store
-from authsvc.store.memory import memory_store
 from authsvc.store.migrate import Schema, upgrade
 from authsvc.store.port import Store
 from authsvc.store.sql import COMMAND_TIMEOUT_S, Database
@@ -30,21 +30,22 @@ class Place:
         self.backend = backend
         self.url = url
         self.clock = HandClock()
-        self._memory = memory_store(self.clock)
+        """Of SQLite; PostgreSQL has its own."""
         self._databases: list[Database] = []
 
     def database(self, *, timeout_s: float = COMMAND_TIMEOUT_S) -> Database:
         """The view of one more worker."""
         opened = Database(
-            self.url, sqlite_id="ab" * 16 if self.backend == "sqlite" else "", timeout_s=timeout_s
+            self.url,
+            self.clock,
+            sqlite_id="ab" * 16 if self.backend == "sqlite" else "",
+            timeout_s=timeout_s,
         )
         self._databases.append(opened)
         return opened
 
     def open(self, *, timeout_s: float = COMMAND_TIMEOUT_S) -> Store:
         """The store of one more worker."""
-        if self.backend == "memory":
-            return self._memory
         return sql_store(self.database(timeout_s=timeout_s))
 
     async def sql(self, statement: str, *values: Any) -> list[Any]:
@@ -53,7 +54,7 @@ class Place:
 
     async def outlive_markers(self) -> None:
         """Lets all markers that are there run out."""
-        if self.backend == "memory":
+        if self.backend == "sqlite":
             self.clock.advance(MARKER_LIFETIME_S + 1)
         else:
             await self.sql(f"UPDATE feed SET until = until - {MARKER_LIFETIME_S + 1}")
@@ -77,7 +78,7 @@ async def sql(url: str, statement: str, *values: Any) -> list[Any]:
 
 
 async def _migrate(url: str) -> None:
-    database = Database(url)
+    database = Database(url, SystemClock())
     try:
         assert await upgrade(database) is Schema.EMPTY
     finally:
@@ -100,9 +101,10 @@ def migrated_postgres(postgres: Postgres) -> str:
 
 
 _RESET = """
-TRUNCATE client, resource, scope, signing_key, feed, feed_head;
-INSERT INTO feed_head (id, revision, compacted_to, cutoff, fingerprint, nonce)
-VALUES (1, 4294967296, 4294967296, 0, '', '');
+TRUNCATE client, resource, scope, signing_key, feed, feed_head, cutoff, "grant", access_token,
+    api_key, assertion, initial_access_token, registration;
+INSERT INTO feed_head (id, revision, compacted_to, fingerprint, nonce)
+VALUES (1, 4294967296, 4294967296, '', '');
 """
 
 
@@ -152,7 +154,7 @@ def _seed(backend: str, request: pytest.FixtureRequest, folder: Path) -> Place:
     return Place(backend)
 
 
-@pytest.fixture(params=["memory", "sqlite", "postgres"])
+@pytest.fixture(params=["sqlite", "postgres"])
 def _any_place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     return _seed(request.param, request, tmp_path)
 

@@ -3,31 +3,31 @@
 import asyncio
 from dataclasses import replace
 
+import pytest
+
 from authsvc.model import Client, ClientState, IdentityKind, Peer, Validity
 from authsvc.store.cached import CachedCatalog, CachedClients
-from authsvc.store.memory import MemoryClients, memory_store
-from authsvc.store.port import ANY_KEY
+from authsvc.store.port import ANY_KEY, Store
 from authsvc_client.core.markers import Marker, MarkerKind, marker_key
-from tests.clocks import HandClock
+from tests.store.conftest import Place
 from tests.store.test_contract import CA, a_client, a_resource, identity, step
 
 NOW = 10.0
 
 
 class Watched:
-    """Clients in memory: counts reads, and may hold one up after it has its answer."""
+    """Clients: counts reads, and may hold one up after it has its answer."""
 
-    def __init__(self) -> None:
-        made = memory_store(HandClock())
-        assert isinstance(made.clients, MemoryClients)
-        self.store = made
-        self.clients = made.clients
+    def __init__(self, store: Store) -> None:
+        self.clients = store.clients
         self.reads = 0
+        self.answered = asyncio.Event()
         self.hold: asyncio.Event | None = None
 
     async def get(self, client_id: str) -> Client | None:
         self.reads += 1
         found = await self.clients.get(client_id)
+        self.answered.set()
         if self.hold is not None:
             await self.hold.wait()
         return found
@@ -47,8 +47,12 @@ def a_peer(*dns: str) -> Peer:
     return Peer("thumb", "", frozenset(dns), "", validity, {CA: validity})
 
 
-async def test_a_row_is_read_once_until_it_changes() -> None:
-    watched = Watched()
+@pytest.fixture
+def watched(place_sqlite: Place) -> Watched:
+    return Watched(place_sqlite.open())
+
+
+async def test_a_row_is_read_once_until_it_changes(watched: Watched) -> None:
     cached = CachedClients(watched)  # type: ignore[arg-type]
     for name in ("one", "two"):
         await watched.clients.add(a_client(name))
@@ -68,14 +72,14 @@ async def test_a_row_is_read_once_until_it_changes() -> None:
     assert watched.reads == 5
 
 
-async def test_a_row_that_changes_while_it_is_read_is_not_kept() -> None:
-    watched = Watched()
+async def test_a_row_that_changes_while_it_is_read_is_not_kept(watched: Watched) -> None:
     cached = CachedClients(watched)  # type: ignore[arg-type]
     await watched.clients.add(a_client("one"))
     for marker in (changed("one"), changed(None)):
         watched.hold = asyncio.Event()
+        watched.answered.clear()
         reading = asyncio.create_task(cached.get("one"))
-        await asyncio.sleep(0)
+        await watched.answered.wait()
         await cached.changed(marker)
         watched.hold.set()
         await reading
@@ -86,8 +90,7 @@ async def test_a_row_that_changes_while_it_is_read_is_not_kept() -> None:
         await cached.changed(changed("one"))
 
 
-async def test_who_is_not_there_is_not_remembered() -> None:
-    watched = Watched()
+async def test_who_is_not_there_is_not_remembered(watched: Watched) -> None:
     cached = CachedClients(watched)  # type: ignore[arg-type]
     assert await cached.get("one") is None
     await watched.clients.add(a_client("one"))
@@ -100,8 +103,7 @@ def named(client_id: str, dns: str) -> Client:
     return replace(client, metadata=metadata)
 
 
-async def test_a_certificate_that_names_two_clients_names_none() -> None:
-    watched = Watched()
+async def test_a_certificate_that_names_two_clients_names_none(watched: Watched) -> None:
     cached = CachedClients(watched)  # type: ignore[arg-type]
     await watched.clients.add(named("one", "a.test"))
     assert await cached.by_peer(a_peer("b.test"), NOW) is None
@@ -115,8 +117,9 @@ async def test_a_certificate_that_names_two_clients_names_none() -> None:
     assert await cached.by_peer(a_peer("a.test", "b.test"), NOW) is None
 
 
-async def test_a_pending_registration_takes_no_certificate_from_an_approved_client() -> None:
-    watched = Watched()
+async def test_a_pending_registration_takes_no_certificate_from_an_approved_client(
+    watched: Watched,
+) -> None:
     cached = CachedClients(watched)  # type: ignore[arg-type]
     both = a_peer("a.test", "b.test")
     await watched.clients.add(named("waits", "b.test"))
@@ -128,8 +131,7 @@ async def test_a_pending_registration_takes_no_certificate_from_an_approved_clie
         assert await cached.by_peer(both, NOW) == approved
 
 
-async def test_a_rejected_client_leaves_its_name_to_the_next() -> None:
-    watched = Watched()
+async def test_a_rejected_client_leaves_its_name_to_the_next(watched: Watched) -> None:
     cached = CachedClients(watched)  # type: ignore[arg-type]
     await watched.clients.add(named("one", "a.test"))
     assert await cached.by_peer(a_peer("a.test"), NOW) == named("one", "a.test")
@@ -140,12 +142,12 @@ async def test_a_rejected_client_leaves_its_name_to_the_next() -> None:
     assert await cached.by_peer(a_peer("a.test"), NOW) == named("two", "a.test")
 
 
-async def test_the_catalog_is_read_again_after_a_change() -> None:
-    made = memory_store(HandClock())
-    cached = CachedCatalog(made.resources)
+async def test_the_catalog_is_read_again_after_a_change(place_sqlite: Place) -> None:
+    store = place_sqlite.open()
+    cached = CachedCatalog(store.resources)
     first = await cached()
     assert await cached() is first
-    await made.resources.add(a_resource("r", "s"))
+    await store.resources.add(a_resource("r", "s"))
     assert await cached() is first
     for key in (marker_key(MarkerKind.RESOURCE_CHANGED), ANY_KEY):
         await cached.changed((Marker(MarkerKind.RESOURCE_CHANGED, key, 1, 0.0),))

@@ -7,17 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, inspect
 from sqlmodel import SQLModel
 
+from authsvc.clock import SystemClock
 from authsvc.errors import AuthError, Reason
 from authsvc.store import migrate, sql_store
 from authsvc.store.migrate import Schema, standing, upgrade
+from authsvc.store.port import change
 from authsvc.store.sql import Database
-from authsvc_client.core.markers import MarkerKind
+from authsvc_client.core.markers import MarkerKind, marker_key
 from tests.servers import Postgres
 from tests.store.conftest import sql
 
@@ -38,7 +41,7 @@ async def url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[s
 
 @pytest.fixture
 async def database(url: str) -> AsyncIterator[Database]:
-    opened = Database(url)
+    opened = Database(url, SystemClock())
     yield opened
     await opened.close()
 
@@ -51,9 +54,9 @@ def add_migration(monkeypatch: pytest.MonkeyPatch, folder: Path, body: str) -> N
         scripts,
         ignore=shutil.ignore_patterns("__pycache__"),
     )
-    (scripts / "versions/0002_later.py").write_text(
+    (scripts / "versions/0003_later.py").write_text(
         "import sqlalchemy as sa\nfrom alembic import op\n"
-        "revision, down_revision, branch_labels, depends_on = '0002', '0001', None, None\n\n"
+        "revision, down_revision, branch_labels, depends_on = '0003', '0002', None, None\n\n"
         f"def upgrade():\n    {body}\n"
     )
     original = migrate._config
@@ -89,7 +92,7 @@ async def test_behind_is_brought_up_to_date_with_its_rows(
     database: Database, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     await upgrade(database)
-    revision = await sql_store(database).feed.append([(MarkerKind.TOKEN_DEAD, b"k" * 16)])
+    revision = await sql_store(database).feed.append([change(MarkerKind.TOKEN_DEAD, "x")])
     add_migration(monkeypatch, tmp_path, GOOD)
     assert await standing(database) is Schema.BEHIND
     assert "later" not in await tables(database)
@@ -97,6 +100,91 @@ async def test_behind_is_brought_up_to_date_with_its_rows(
     assert await standing(database) is Schema.CURRENT
     assert "later" in await tables(database)
     assert (await sql_store(database).feed.read(0)).head == revision
+
+
+def _at(monkeypatch: pytest.MonkeyPatch, revision: str) -> None:
+    """Plays an earlier version of authsvc, whose last migration was this one."""
+    real = command.upgrade
+    monkeypatch.setattr(command, "upgrade", lambda config, _head: real(config, revision))
+
+
+async def test_cutoffs_and_rows_of_the_first_schema_survive(
+    database: Database, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        _at(patch, "0001")
+        assert await upgrade(database) is Schema.EMPTY
+    assert await standing(database) is Schema.BEHIND
+    head = 2 * 2**32 + 7
+    cutoffs = {"cut": head, "also cut": head - 2, "alive": 0}
+    for client_id, revision in cutoffs.items():
+        await sql(
+            url,
+            "INSERT INTO client (client_id, state, details, secret_digest, cutoff, version,"
+            " registrant, reviewer, review_comment, create_time, update_time) VALUES"
+            f" ('{client_id}', 1, '{{}}', '{client_id}', {revision}, 3, 'admin', '', '', 5, 6)",
+        )
+    await sql(
+        url,
+        "INSERT INTO client (client_id, state, details, identity_kind, identity_value, cutoff,"
+        " version, registrant, reviewer, review_comment, create_time, update_time)"
+        " VALUES ('named', 1, '{}', 'san_uri', 'name', 0, 1, '', '', '', 5, 6)",
+    )
+    await sql(
+        url,
+        "INSERT INTO resource (resource_id, display_name, owner_client_id, token_format,"
+        " token_lifetime_s, version, create_time, update_time)"
+        " VALUES ('urn:r', '', 'cut', 1, 60, 1, 5, 6)",
+    )
+    await sql(url, "INSERT INTO scope VALUES ('read', 'urn:r', '')")
+    for kid, state in (("now", "current"), ("past", "retired")):
+        await sql(
+            url,
+            "INSERT INTO signing_key (kid, alg, state, public_jwk, sealed_private, create_time)"
+            f" VALUES ('{kid}', 'ES256', '{state}', '{{}}', 'x', 5.5)",
+        )
+    await sql(
+        url,
+        f"UPDATE feed_head SET revision = {head}, cutoff = {head - 4},"
+        " fingerprint = 'mine', nonce = 'n'",
+    )
+
+    assert await upgrade(database) is Schema.BEHIND
+    assert await standing(database) is Schema.CURRENT
+    assert dict(await sql(url, "SELECT key, revision FROM cutoff")) == {
+        marker_key(MarkerKind.CUTOFF_EVERYTHING).hex(): head - 4,
+        marker_key(MarkerKind.CUTOFF_CLIENT, "cut").hex(): head,
+        marker_key(MarkerKind.CUTOFF_CLIENT, "also cut").hex(): head - 2,
+    }
+    async with database.read() as connection:
+        columns = await connection.run_sync(lambda c: inspect(c).get_multi_columns())
+    assert "cutoff" not in {column["name"] for table in columns.values() for column in table}
+    assert sorted(await sql(url, "SELECT client_id, version, identity_value FROM client")) == [
+        ("alive", 3, None),
+        ("also cut", 3, None),
+        ("cut", 3, None),
+        ("named", 1, "name"),
+    ]
+    keys = "SELECT kid, create_time, ready_time, activate_time, retire_time FROM signing_key"
+    assert sorted(await sql(url, keys)) == [
+        ("now", 5.5, 5.5, 5.5, None),
+        ("past", 5.5, 5.5, None, None),
+    ]
+    resources = "SELECT resource_id, owner_client_id, encryption_jwk FROM resource"
+    assert await sql(url, resources) == [("urn:r", "cut", "")]
+    assert await sql(url, "SELECT name, resource_id FROM scope") == [("read", "urn:r")]
+    page = await sql_store(database).feed.read(0)
+    assert (page.head, page.known_fingerprint, page.nonce) == (head, "mine", "n")
+
+
+async def test_first_schema_without_a_cutoff_gets_none(
+    database: Database, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        _at(patch, "0001")
+        await upgrade(database)
+    assert await upgrade(database) is Schema.BEHIND
+    assert await sql(url, "SELECT key FROM cutoff") == []
 
 
 _STAMP = "CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)"
@@ -127,7 +215,7 @@ async def test_what_others_made_is_left_alone(
 @pytest.mark.parametrize(
     "change",
     [
-        "UPDATE alembic_version SET version_num = '0002'",
+        "UPDATE alembic_version SET version_num = '0003'",
         "INSERT INTO alembic_version VALUES ('other')",
         "DELETE FROM alembic_version",
     ],
@@ -144,7 +232,7 @@ async def test_a_stamp_that_this_version_does_not_know_is_unknown(
 
 @pytest.mark.parametrize("attempt", range(3))
 async def test_of_upgrades_at_once_one_does_it(url: str, attempt: int) -> None:
-    workers = [Database(url) for _ in range(4)]
+    workers = [Database(url, SystemClock()) for _ in range(4)]
     try:
         found = await asyncio.gather(*map(upgrade, workers))
         assert sorted(found, key=lambda schema: schema.value) == [Schema.CURRENT] * 3 + [
@@ -202,7 +290,7 @@ async def test_migrations_make_the_schema_of_the_tables(
         other = f"sqlite+aiosqlite:///{tmp_path / 'other.db'}"
     else:
         other = await request.getfixturevalue("postgres").database()
-    fresh = Database(other)
+    fresh = Database(other, SystemClock())
     try:
         async with fresh.write() as connection:
             await connection.run_sync(SQLModel.metadata.create_all)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import structlog
 
 from authsvc.clock import Clock
-from authsvc.errors import AuthError
+from authsvc.errors import AuthError, Reason
 from authsvc.store.port import ANY_KEY, FeedPage, FeedStore
 from authsvc_client.core.markers import CUTOFF_KINDS, DEAD_KINDS, Marker, MarkerKind
 from authsvc_client.core.state import State
@@ -77,11 +77,13 @@ class Follow:
         self._poke = asyncio.Event()
         self._polled = asyncio.Condition()
         self._lock = asyncio.Lock()
+        self._asked: asyncio.Future[bool] | None = None
+        """How the next read that begins will end."""
         self._subscriptions: set[Subscription] = set()
 
     async def poll(self) -> None:
         """One read, applied. Raises AuthError STORE_UNAVAILABLE; then nothing is confirmed."""
-        async with self._lock:
+        async with self._lock, self._telling():
             started = self._clock.boot()
             cursor = self._state.revision
             page = await self._store.read(cursor)
@@ -105,6 +107,18 @@ class Follow:
         async with self._polled:
             self._polled.notify_all()
 
+    @asynccontextmanager
+    async def _telling(self) -> AsyncIterator[None]:
+        """Tells those who asked before this read how it ends."""
+        asked, self._asked = self._asked, None
+        is_applied = False
+        try:
+            yield
+            is_applied = True
+        finally:
+            if asked is not None:
+                asked.set_result(is_applied)
+
     def _is_other_history(self, page: FeedPage) -> bool:
         if page.known_fingerprint not in ("", page.fingerprint):
             return True
@@ -113,7 +127,9 @@ class Follow:
             return False
         if page.head < cursor:
             return True
-        return cursor > page.compacted_to and page.cursor_nonce != self._nonce
+        # At `compacted_to` the row may be gone; below it another worker may have raised the epoch.
+        is_known = cursor > page.compacted_to or page.cursor_nonce is not None
+        return cursor >= page.compacted_to and is_known and page.cursor_nonce != self._nonce
 
     async def _raise_epoch(self, page: FeedPage) -> None:
         log.error("feed.other_history", head=page.head, applied=self._state.revision)
@@ -149,6 +165,17 @@ class Follow:
                 await self._polled.wait()
         except TimeoutError:
             return
+
+    async def fresh(self) -> None:
+        """Waits for a read that begins after this call, one for all who wait, to be applied.
+
+        Raises AuthError STORE_UNAVAILABLE where that read fails.
+        """
+        if self._asked is None:
+            self._asked = asyncio.get_running_loop().create_future()
+        self.poke()
+        if not await asyncio.shield(self._asked):
+            raise AuthError(Reason.STORE_UNAVAILABLE, cause="no fresh read")
 
     async def reach(self, revision: int) -> None:
         """Waits, a few periods at most, until this worker has applied a change of its own.

@@ -106,7 +106,8 @@ class WatchChanges:
 
     def _delta(self, applied: Applied, sent: int) -> Event:
         markers = tuple(marker for marker in applied.markers if marker.revision > sent)
-        kinds = {marker.kind for marker in markers}
+        # Of those that were sent too: what was sent with them may be older than they are.
+        kinds = {marker.kind for marker in applied.markers}
         keys, staleness = self._all()
         return Event(
             applied.revision,

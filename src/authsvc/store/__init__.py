@@ -4,10 +4,27 @@ from authsvc.store.port import Store
 from authsvc.store.sql import Database
 from authsvc.store.sql_clients import SqlClients
 from authsvc.store.sql_feed import SqlFeed
+from authsvc.store.sql_grants import SqlAssertions, SqlGrants
+from authsvc.store.sql_initial_access import SqlInitialAccessTokens
 from authsvc.store.sql_keys import SqlKeys
 from authsvc.store.sql_resources import SqlResources
+from authsvc.store.sql_revocations import SqlRevocations
+from authsvc.store.sql_sweeps import SqlSweeps
+from authsvc.store.sql_tokens import SqlApiKeys, SqlTokens
 
 
 def sql_store(database: Database) -> Store:
     """The store on a database whose schema is current."""
-    return Store(SqlClients(database), SqlResources(database), SqlKeys(database), SqlFeed(database))
+    return Store(
+        clients=SqlClients(database),
+        initial_access_tokens=SqlInitialAccessTokens(database),
+        resources=SqlResources(database),
+        keys=SqlKeys(database),
+        feed=SqlFeed(database),
+        grants=SqlGrants(database),
+        assertions=SqlAssertions(database),
+        tokens=SqlTokens(database),
+        api_keys=SqlApiKeys(database),
+        revocations=SqlRevocations(database),
+        sweeps=SqlSweeps(database),
+    )

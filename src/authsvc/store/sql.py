@@ -3,17 +3,18 @@
 import asyncio
 import re
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import structlog
-from sqlalchemy import ColumnElement, Row, event, literal_column
+from sqlalchemy import ColumnElement, Executable, Row, event, literal_column
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from authsvc.clock import Clock
 from authsvc.errors import AuthError, Reason
 
 T = TypeVar("T")
@@ -27,8 +28,8 @@ log = structlog.get_logger()
 WAL_TRIES = 20
 
 _LOST = (SQLAlchemyError, OSError, TimeoutError)
-_TIME = {
-    "sqlite": "((julianday('now') - 2440587.5) * 86400.0)",
+TIME = {
+    "sqlite": "authsvc_now()",
     "postgresql": "(extract(epoch FROM clock_timestamp())::double precision)",
 }
 _POSTGRES_FINGERPRINT = (
@@ -41,25 +42,31 @@ class Database:
     """A SQLite file or a PostgreSQL primary: one engine to write, one to read, one to follow."""
 
     def __init__(
-        self, url: str, *, sqlite_id: str = "", timeout_s: float = COMMAND_TIMEOUT_S
+        self,
+        url: str,
+        clock: Clock,
+        *,
+        sqlite_id: str = "",
+        timeout_s: float = COMMAND_TIMEOUT_S,
     ) -> None:
-        """`sqlite_id` names a SQLite file's lineage; PostgreSQL names its own. `timeout_s` bounds
-        each wait: for a connection, for a lock, for a statement.
+        """`clock` is a SQLite file's, and `sqlite_id` names its lineage; PostgreSQL has its own of
+        both. `timeout_s` bounds each wait: for a connection, for a lock, for a statement.
         """
         self.url = make_url(url)
         self.dialect = self.url.get_backend_name()
         if self.dialect == "sqlite":
-            self._writer = _sqlite(url, timeout_s, begin="BEGIN IMMEDIATE")
-            self._reader = _sqlite(url, timeout_s, begin="BEGIN")
-            self._follower = _sqlite(url, timeout_s, begin="BEGIN")
+            self._writer = _sqlite(url, clock, timeout_s, begin="BEGIN IMMEDIATE")
+            self._reader = _sqlite(url, clock, timeout_s, begin="BEGIN")
+            self._follower = _sqlite(url, clock, timeout_s, begin="BEGIN")
         elif self.dialect == "postgresql":
             self._writer = _postgres(url, timeout_s, POOL_CONNECTIONS)
             auto = {"isolation_level": "AUTOCOMMIT"}
+            self._single = self._writer.execution_options(**auto)
             self._reader = _postgres(url, timeout_s, POOL_CONNECTIONS).execution_options(**auto)
             self._follower = _postgres(url, timeout_s, 2).execution_options(**auto)
         else:
             raise ValueError(f"database.url: {self.dialect} is neither sqlite nor postgresql")
-        self.time: ColumnElement[float] = literal_column(_TIME[self.dialect])
+        self.time: ColumnElement[float] = literal_column(TIME[self.dialect])
         if re.fullmatch(r"[0-9a-f]*", sqlite_id) is None:
             raise ValueError("sqlite_id: hexadecimal digits only")
         self.fingerprint: ColumnElement[str] = literal_column(
@@ -109,6 +116,25 @@ class Database:
             reason = Reason.COMMIT_UNKNOWN if committing else Reason.STORE_UNAVAILABLE
             raise AuthError(reason, cause=repr(error)) from error
 
+    async def single(
+        self, statement: Executable, parameters: Mapping[str, Any] | None = None
+    ) -> list[Row[Any]]:
+        """Rows of one changing statement, committed with it: one round trip on PostgreSQL.
+
+        AuthError STORE_UNAVAILABLE before it, COMMIT_UNKNOWN from there on.
+        """
+        if self.dialect == "sqlite":
+            async with self.write() as connection:
+                return list((await connection.execute(statement, parameters)).all())
+        sent = False
+        try:
+            async with self._single.connect() as connection:
+                sent = True
+                return list((await connection.execute(statement, parameters)).all())
+        except _LOST as error:
+            reason = Reason.COMMIT_UNKNOWN if sent else Reason.STORE_UNAVAILABLE
+            raise AuthError(reason, cause=repr(error)) from error
+
     async def to_the_end(self, change: Coroutine[Any, Any, T]) -> T:
         """Runs a change in a task of its own: a caller that goes away does not cut it in half."""
         task = asyncio.create_task(change)
@@ -126,7 +152,7 @@ def readable(rows: Iterable[R], decode: Callable[[R], T], table: str) -> Iterato
             log.error("store.unreadable", table=table, id=row[0], cause=repr(error))
 
 
-def _sqlite(url: str, timeout_s: float, *, begin: str) -> AsyncEngine:
+def _sqlite(url: str, clock: Clock, timeout_s: float, *, begin: str) -> AsyncEngine:
     connections = 1 if "IMMEDIATE" in begin else 4
     engine = create_async_engine(
         url,
@@ -140,6 +166,7 @@ def _sqlite(url: str, timeout_s: float, *, begin: str) -> AsyncEngine:
     def on_connect(connection: Any, _record: Any) -> None:
         # The driver's own transaction mode loses updates without a word.
         connection.isolation_level = None
+        connection.create_function("authsvc_now", 0, clock.wall)
         cursor = connection.cursor()
         _switch_to_wal(cursor, timeout_s)
         cursor.execute("PRAGMA synchronous=FULL")

@@ -1,35 +1,65 @@
 """The feed in SQL. Revisions have no gaps: they come from one row, locked last."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Row, and_, bindparam, insert, or_, select, text, update
+from sqlalchemy import (
+    ColumnElement,
+    Row,
+    Select,
+    bindparam,
+    insert,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.exc import NoResultFound
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from authsvc.store.port import Change, FeedPage, distinct, nonce
-from authsvc.store.sql import Database
+from authsvc.store.port import Change, FeedPage, change, distinct, nonce
+from authsvc.store.sql import TIME, Database
 from authsvc.store.tables import FEED, FEED_HEAD
-from authsvc_client.core.markers import MARKER_LIFETIME_S, Marker, MarkerKind, marker_key
+from authsvc_client.core.markers import (
+    CUTOFF_KINDS,
+    MARKER_LIFETIME_S,
+    Marker,
+    MarkerKind,
+    marker_key,
+)
 from authsvc_client.core.state import REVISIONS_PER_EPOCH
 
 # Head and rows in one statement, so that the lock on the head is held for one round trip.
 _ADVANCE_POSTGRES = text(
     "WITH head AS (UPDATE feed_head SET revision = revision + 1, nonce = :nonce WHERE id = 1"
-    " RETURNING revision)"
+    " RETURNING revision), cut AS (INSERT INTO cutoff (key, revision)"
+    " SELECT k, head.revision FROM head, unnest(CAST(:cutoffs AS text[])) AS cutoffs(k)"
+    " ON CONFLICT (key) DO UPDATE SET revision = excluded.revision)"
     " INSERT INTO feed (revision, kind, key, until, nonce)"
     " SELECT head.revision, m.kind, m.key,"
     " extract(epoch FROM clock_timestamp())::double precision + :life, :nonce"
     " FROM head, unnest(CAST(:kinds AS int[]), CAST(:keys AS bytea[])) AS m(kind, key)"
     " RETURNING revision"
 )
+_CUT_OFF_SQLITE = text(
+    "INSERT INTO cutoff (key, revision) VALUES (:key, :revision)"
+    " ON CONFLICT (key) DO UPDATE SET revision = excluded.revision"
+)
 
 
 async def advance(
     database: Database, connection: AsyncConnection, changes: Sequence[Change]
 ) -> int:
-    """Takes the next revision for these changes, as the last lock of a transaction."""
-    unique = distinct(changes)
+    """Takes the next revision for these changes, as the last lock of a transaction.
+
+    What they kill is dead in the tables too, in the same transaction: a marker is compacted one
+    day, and a stored credential must not outlive it.
+    """
+    if any(one.kind in MARKS for one in changes):
+        await lock_marks(database, connection)
+    unique = distinct([*changes, *await _end_grants(database, connection, changes)])
+    await _delete_api_keys(database, connection, changes)
+    cutoffs = [one.key.hex() for one in unique if one.kind in _DURABLE]
     value = nonce()
     if database.dialect == "postgresql":
         found = await connection.execute(
@@ -37,8 +67,9 @@ async def advance(
             {
                 "nonce": value,
                 "life": float(MARKER_LIFETIME_S),
-                "kinds": [int(kind) for kind, _ in unique],
-                "keys": [key for _, key in unique],
+                "kinds": [int(one.kind) for one in unique],
+                "keys": [one.key for one in unique],
+                "cutoffs": cutoffs,
             },
         )
         revisions = found.scalars().all()
@@ -54,11 +85,102 @@ async def advance(
     await connection.execute(
         insert(FEED).values(until=database.time + MARKER_LIFETIME_S),
         [
-            {"revision": revision, "kind": int(kind), "key": key, "nonce": value}
-            for kind, key in unique
+            {"revision": revision, "kind": int(one.kind), "key": one.key, "nonce": value}
+            for one in unique
         ],
     )
+    if cutoffs:
+        rows = [{"key": key, "revision": revision} for key in cutoffs]
+        await connection.execute(_CUT_OFF_SQLITE, rows)
     return revision
+
+
+_DURABLE = CUTOFF_KINDS | {MarkerKind.KEY_TAINTED}
+"""What stays in `cutoff` for ever; a tainted key cuts off what was exchanged from its tokens."""
+MARKS = frozenset({MarkerKind.TOKEN_DEAD, MarkerKind.GRANT_DEAD, MarkerKind.SESSION_DEAD})
+"""What ends stored grants."""
+
+
+async def lock_marks(
+    database: Database, connection: AsyncConnection, *, shared: bool = False
+) -> None:
+    """Whoever marks dead is alone with the grants; those who add one, `shared`, are not.
+
+    Else each could miss the other's uncommitted row, and two that mark dead could deadlock: it
+    goes before the lock of any grant. SQLite writes one transaction at a time.
+    """
+    if database.dialect == "postgresql":
+        await connection.execute(_LOCK_MARKS_SHARED if shared else _LOCK_MARKS)
+
+
+_LOCK_MARKS = text("SELECT pg_advisory_xact_lock(1635087464)")
+_LOCK_MARKS_SHARED = text("SELECT pg_advisory_xact_lock_shared(1635087464)")
+_AMONG = {
+    "sqlite": "IN (SELECT value FROM json_each(:{}))",
+    "postgresql": "= ANY(CAST(:{} AS text[]))",
+}
+"""In a list of any length, by an index."""
+
+
+def _among(database: Database, ids: Iterable[str]) -> Any:
+    """The value for a parameter of `_AMONG`; without the empty id, which is that of many rows."""
+    kept = [each for each in ids if each]
+    return json.dumps(kept) if database.dialect == "sqlite" else kept
+
+
+async def _end_grants(
+    database: Database, connection: AsyncConnection, changes: Sequence[Change]
+) -> list[Change]:
+    """Ends the grants that die with what is marked dead, and those exchanged from them."""
+    ended: list[Change] = []
+    marked = [one for one in changes if one.kind in MARKS]
+    while marked:
+        found = await connection.execute(
+            _END_GRANTS[database.dialect], marked_ids(database, marked)
+        )
+        marked = [change(MarkerKind.GRANT_DEAD, grant_id) for grant_id in found.scalars()]
+        ended += marked
+    return ended
+
+
+async def _delete_api_keys(
+    database: Database, connection: AsyncConnection, changes: Sequence[Change]
+) -> None:
+    """An API key has a `jti` like any token, and lives longer than the marker."""
+    dead = [one.ids[0] for one in changes if one.kind is MarkerKind.TOKEN_DEAD]
+    if dead:
+        statement = _DELETE_API_KEYS[database.dialect]
+        await connection.execute(statement, {"TOKEN_DEAD": _among(database, dead)})
+
+
+def marked_ids(database: Database, marks: Sequence[Change]) -> dict[str, Any]:
+    """The parameters of DIE_WITH."""
+    return {
+        kind.name: _among(database, (one.ids[0] for one in marks if one.kind is kind))
+        for kind in MARKS
+    }
+
+
+def _die_with(among: Callable[[str], str]) -> str:
+    return (
+        f"end_time IS NULL AND (root_jti {among('TOKEN_DEAD')} OR session_id"
+        f" {among('SESSION_DEAD')} OR grant_id {among('GRANT_DEAD')}"
+        f" OR parent_id {among('GRANT_DEAD')})"
+    )
+
+
+DIE_WITH = {dialect: _die_with(among.format) for dialect, among in _AMONG.items()}
+"""The grants that end with what is marked dead, but for those exchanged from them."""
+_END_GRANTS = {
+    dialect: text(
+        f'UPDATE "grant" SET end_time = {TIME[dialect]} WHERE {dying} RETURNING grant_id'  # noqa: S608
+    )
+    for dialect, dying in DIE_WITH.items()
+}
+_DELETE_API_KEYS = {
+    dialect: text(f"DELETE FROM api_key WHERE api_key_id {among.format('TOKEN_DEAD')}")  # noqa: S608
+    for dialect, among in _AMONG.items()
+}
 
 
 class SqlFeed:
@@ -66,19 +188,19 @@ class SqlFeed:
 
     def __init__(self, database: Database) -> None:
         self._db = database
-        cursor = bindparam("cursor", type_=FEED.c.revision.type)
-        wanted = or_(
-            and_(cursor > 0, FEED.c.revision >= cursor),
-            and_(cursor == 0, FEED.c.until > database.time),
-        )
+        self._read_from = self._reading(FEED.c.revision >= bindparam("cursor"))
+        self._read_all = self._reading(FEED.c.until > select(database.time).scalar_subquery())
+
+    def _reading(self, wanted: ColumnElement[bool]) -> Select[Any]:
+        """Head and rows: each by an index, so a statement for each kind of read."""
         head = FEED_HEAD.c
-        self._read = select(
+        return select(
             head.revision.label("head"),
             head.compacted_to,
             head.fingerprint,
             head.nonce.label("head_nonce"),
-            database.time.label("time"),
-            database.fingerprint.label("live_fingerprint"),
+            self._db.time.label("time"),
+            self._db.fingerprint.label("live_fingerprint"),
             *(FEED.c[name] for name in ("revision", "kind", "key", "until", "nonce")),
         ).select_from(FEED_HEAD.outerjoin(FEED, wanted))
 
@@ -97,7 +219,11 @@ class SqlFeed:
     async def read(self, cursor: int) -> FeedPage:
         """See FeedStore."""
         async with self._db.read(follower=True) as connection:
-            rows = (await connection.execute(self._read, {"cursor": cursor})).all()
+            if cursor:
+                found = await connection.execute(self._read_from, {"cursor": cursor})
+            else:
+                found = await connection.execute(self._read_all)
+            rows = found.all()
             if not rows:
                 raise NoResultFound("feed_head has no row")
         first = rows[0]
@@ -149,11 +275,7 @@ class SqlFeed:
                 )
             )
             if moved.rowcount and cut_off:
-                key = marker_key(MarkerKind.CUTOFF_EVERYTHING)
-                revision = await advance(
-                    self._db, connection, [(MarkerKind.CUTOFF_EVERYTHING, key)]
-                )
-                await connection.execute(update(FEED_HEAD).values(cutoff=revision))
+                await advance(self._db, connection, [change(MarkerKind.CUTOFF_EVERYTHING)])
 
 
 def _marker(row: Row[Any]) -> Marker:

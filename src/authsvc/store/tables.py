@@ -1,16 +1,60 @@
 """The tables, as alembic sees them. Rows of these classes never leave this package."""
 
-from sqlalchemy import BigInteger, Column, Double, Index, LargeBinary, Table, Text, text
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Double,
+    Index,
+    LargeBinary,
+    Table,
+    Text,
+    false,
+    text,
+    true,
+)
 from sqlmodel import Field, SQLModel
 
 from authsvc.model import ClientState, KeyState
 
-_NOT_REJECTED = text(f"identity_value IS NOT NULL AND state <> {int(ClientState.REJECTED)}")
+HOLDS_NAME = text(
+    f"identity_value IS NOT NULL AND state <> {int(ClientState.REJECTED)}"
+    f" AND (state <> {int(ClientState.EXPIRED)} OR review_time IS NOT NULL)"
+)
+"""Who was turned away, or never let in, leaves its certificate name to others; who was let in once
+has credentials and a past, and keeps it for a renewal.
+"""
 _CURRENT = text(f"state = '{KeyState.CURRENT}'")
+_NEXT = text(f"state = '{KeyState.NEXT}'")
+_ENDED = text("end_time IS NOT NULL")
+
+
+def _time(name: str, *, nullable: bool = False, **more: Any) -> Any:
+    """A column in seconds since the epoch."""
+    return Column(name, Double, nullable=nullable, **more)
+
+
+def _bytes(name: str, *, nullable: bool = False, index: bool = False) -> Any:
+    return Column(name, LargeBinary, nullable=nullable, index=index)
+
+
+def _digest(name: str) -> Any:
+    """SHA-256 of a secret, by which it is found."""
+    return Column(name, LargeBinary, nullable=False, unique=True)
+
+
+def _revision(name: str, **more: Any) -> Any:
+    return Column(name, BigInteger, nullable=False, **more)
+
+
+def _text(name: str, **more: Any) -> Any:
+    """JSON, or another text without a limit of its own."""
+    return Column(name, Text, nullable=False, **more)
 
 
 class ClientRow(SQLModel, table=True):
-    """A client; a certificate name belongs to one client that is not rejected, whatever its CA."""
+    """A client; a certificate name belongs to one that holds it, whatever its CA."""
 
     __tablename__ = "client"
     __table_args__ = (
@@ -19,32 +63,44 @@ class ClientRow(SQLModel, table=True):
             "identity_kind",
             "identity_value",
             unique=True,
-            sqlite_where=_NOT_REJECTED,
-            postgresql_where=_NOT_REJECTED,
+            sqlite_where=HOLDS_NAME,
+            postgresql_where=HOLDS_NAME,
         ),
         Index("client_state", "state", "client_id"),
     )
 
     client_id: str = Field(primary_key=True, max_length=64)
     state: int
-    details: str = Field(sa_column=Column("details", Text, nullable=False))
+    details: str = Field(sa_column=_text("details"))
     identity_kind: str | None = None
     identity_value: str | None = None
     identity_ca: str | None = None
     secret_digest: bytes | None = Field(
-        default=None, sa_column=Column("secret_digest", LargeBinary)
+        default=None, sa_column=_bytes("secret_digest", nullable=True)
     )
-    cutoff: int = Field(default=0, sa_column=Column("cutoff", BigInteger, nullable=False))
+    secret_used: bool = Field(default=False, sa_column_kwargs={"server_default": true()})
+    previous_secret_digest: bytes | None = Field(
+        default=None, sa_column=_bytes("previous_secret_digest", nullable=True)
+    )
+    previous_secret_until: float | None = Field(
+        default=None, sa_column=_time("previous_secret_until", nullable=True)
+    )
+    registration_digest: bytes | None = Field(
+        default=None, sa_column=Column("registration_digest", LargeBinary, unique=True, index=True)
+    )
+    registration_rev: int = Field(
+        default=0, sa_column=_revision("registration_rev", server_default="0")
+    )
     version: int = 1
     registrant: str
     reviewer: str = ""
     review_comment: str = ""
-    review_time: float | None = Field(default=None, sa_column=Column("review_time", Double))
+    review_time: float | None = Field(default=None, sa_column=_time("review_time", nullable=True))
     approval_expire_time: float | None = Field(
-        default=None, sa_column=Column("approval_expire_time", Double)
+        default=None, sa_column=_time("approval_expire_time", nullable=True)
     )
-    create_time: float = Field(sa_column=Column("create_time", Double, nullable=False))
-    update_time: float = Field(sa_column=Column("update_time", Double, nullable=False))
+    create_time: float = Field(sa_column=_time("create_time"))
+    update_time: float = Field(sa_column=_time("update_time"))
 
 
 class ResourceRow(SQLModel, table=True):
@@ -58,9 +114,13 @@ class ResourceRow(SQLModel, table=True):
     token_format: int
     token_lifetime_s: int
     staleness_max_s: int | None = None
+    encryption_jwk: str = Field(
+        default="", sa_column=_text("encryption_jwk", server_default=text("''"))
+    )
+    freeze_permissions: bool = Field(default=False, sa_column_kwargs={"server_default": false()})
     version: int = 1
-    create_time: float = Field(sa_column=Column("create_time", Double, nullable=False))
-    update_time: float = Field(sa_column=Column("update_time", Double, nullable=False))
+    create_time: float = Field(sa_column=_time("create_time"))
+    update_time: float = Field(sa_column=_time("update_time"))
 
 
 class ScopeRow(SQLModel, table=True):
@@ -74,7 +134,7 @@ class ScopeRow(SQLModel, table=True):
 
 
 class SigningKeyRow(SQLModel, table=True):
-    """A signing key; at most one is current."""
+    """A signing key; at most one is current, and at most one is next."""
 
     __tablename__ = "signing_key"
     __table_args__ = (
@@ -85,14 +145,133 @@ class SigningKeyRow(SQLModel, table=True):
             sqlite_where=_CURRENT,
             postgresql_where=_CURRENT,
         ),
+        Index(
+            "signing_key_next",
+            "state",
+            unique=True,
+            sqlite_where=_NEXT,
+            postgresql_where=_NEXT,
+        ),
     )
 
     kid: str = Field(primary_key=True, max_length=64)
     alg: str
     state: str
-    public_jwk: str = Field(sa_column=Column("public_jwk", Text, nullable=False))
-    sealed_private: bytes = Field(sa_column=Column("sealed_private", LargeBinary, nullable=False))
-    create_time: float = Field(sa_column=Column("create_time", Double, nullable=False))
+    public_jwk: str = Field(sa_column=_text("public_jwk"))
+    sealed_private: bytes = Field(sa_column=_bytes("sealed_private"))
+    create_time: float = Field(sa_column=_time("create_time"))
+    ready_time: float = Field(sa_column=_time("ready_time", server_default="0"))
+    activate_time: float | None = Field(
+        default=None, sa_column=_time("activate_time", nullable=True)
+    )
+    retire_time: float | None = Field(default=None, sa_column=_time("retire_time", nullable=True))
+    taint_time: float | None = Field(default=None, sa_column=_time("taint_time", nullable=True))
+
+
+class GrantRow(SQLModel, table=True):
+    """A grant and the refresh token that belongs to it; its secret part is in no table."""
+
+    __tablename__ = "grant"
+    # Of the few that ended: else a search for those that did not would go by it.
+    __table_args__ = (
+        Index("ix_grant_end_time", "end_time", sqlite_where=_ENDED, postgresql_where=_ENDED),
+    )
+
+    grant_id: str = Field(primary_key=True, max_length=64)
+    handle: bytes = Field(sa_column=_digest("handle"))
+    """Random, found in no other token."""
+    generation: int = Field(sa_column=_revision("generation"))
+    key_id: str
+    """HMAC key of the live generation, and of the one before it."""
+    previous_key_id: str = ""
+    sender: str
+    """Client id; of a public client the thumbprint of its key, or nothing."""
+    client_id: str = Field(index=True)
+    subject: str = Field(index=True)
+    session_id: str = Field(default="", index=True)
+    parent_id: str = Field(default="", index=True)
+    """Grant of the subject token that it was exchanged from."""
+    root_jti: str = Field(default="", index=True)
+    details: str = Field(sa_column=_text("details"))
+    rev: int = Field(sa_column=_revision("rev"))
+    cutoff_keys: str = Field(sa_column=_text("cutoff_keys"))
+    """Keys of the cutoffs that can kill it: JSON, a list of hexadecimal texts."""
+    create_time: float = Field(sa_column=_time("create_time", index=True))
+    use_time: float | None = Field(default=None, sa_column=_time("use_time", nullable=True))
+    idle_expire_time: float = Field(sa_column=_time("idle_expire_time"))
+    expire_time: float = Field(sa_column=_time("expire_time", index=True))
+    end_time: float | None = Field(default=None, sa_column=_time("end_time", nullable=True))
+
+
+class AccessTokenRow(SQLModel, table=True):
+    """An access token that only its resource can read, or nobody: opaque or encrypted."""
+
+    __tablename__ = "access_token"
+
+    digest: bytes = Field(sa_column=Column("digest", LargeBinary, primary_key=True))
+    kid: str = ""
+    """Signing key of an encrypted one."""
+    claims: str = Field(sa_column=_text("claims"))
+    expire_time: float = Field(sa_column=_time("expire_time", index=True))
+
+
+class ApiKeyRow(SQLModel, table=True):
+    """An API key."""
+
+    __tablename__ = "api_key"
+
+    api_key_id: str = Field(primary_key=True, max_length=64)
+    digest: bytes = Field(sa_column=_digest("digest"))
+    client_id: str = Field(index=True)
+    display_name: str = ""
+    scopes: str = Field(sa_column=_text("scopes"))
+    rev: int = Field(sa_column=_revision("rev"))
+    create_time: float = Field(sa_column=_time("create_time"))
+    expire_time: float | None = Field(default=None, sa_column=_time("expire_time", nullable=True))
+
+
+class AssertionRow(SQLModel, table=True):
+    """An assertion that was used, by a digest of its client and `jti`."""
+
+    __tablename__ = "assertion"
+
+    digest: bytes = Field(sa_column=Column("digest", LargeBinary, primary_key=True))
+    expire_time: float = Field(sa_column=_time("expire_time", index=True))
+
+
+class InitialAccessTokenRow(SQLModel, table=True):
+    """A token that lets its bearer register clients (RFC 7591 section 1.2)."""
+
+    __tablename__ = "initial_access_token"
+
+    initial_access_token_id: str = Field(primary_key=True, max_length=64)
+    digest: bytes = Field(sa_column=_digest("digest"))
+    display_name: str = ""
+    uses_left: int
+    rev: int = Field(sa_column=_revision("rev"))
+    create_time: float = Field(sa_column=_time("create_time"))
+    expire_time: float = Field(sa_column=_time("expire_time", index=True))
+
+
+class RegistrationRow(SQLModel, table=True):
+    """A registration that may be asked for again, by a digest of registrant and request id."""
+
+    __tablename__ = "registration"
+
+    digest: bytes = Field(sa_column=Column("digest", LargeBinary, primary_key=True))
+    request_digest: bytes = Field(sa_column=_bytes("request_digest"))
+    client_id: str
+    expire_time: float = Field(sa_column=_time("expire_time", index=True))
+
+
+class CutoffRow(SQLModel, table=True):
+    """The latest cutoff of a key, for ever: what carries a lower `rev` is dead."""
+
+    __tablename__ = "cutoff"
+
+    key: str = Field(primary_key=True, max_length=32)
+    """Key of its marker, hexadecimal."""
+    revision: int = Field(sa_column=_revision("revision"))
 
 
 class FeedRow(SQLModel, table=True):
@@ -102,9 +281,9 @@ class FeedRow(SQLModel, table=True):
 
     revision: int = Field(sa_column=Column("revision", BigInteger, primary_key=True))
     kind: int = Field(primary_key=True)
-    key: bytes = Field(sa_column=Column("key", LargeBinary, primary_key=True))
-    until: float = Field(sa_column=Column("until", Double, nullable=False, index=True))
-    payload: bytes | None = Field(default=None, sa_column=Column("payload", LargeBinary))
+    key: bytes = Field(sa_column=Column("key", LargeBinary, primary_key=True, index=True))
+    until: float = Field(sa_column=_time("until", index=True))
+    payload: bytes | None = Field(default=None, sa_column=_bytes("payload", nullable=True))
     nonce: str
 
 
@@ -114,9 +293,8 @@ class FeedHeadRow(SQLModel, table=True):
     __tablename__ = "feed_head"
 
     id: int = Field(primary_key=True)
-    revision: int = Field(sa_column=Column("revision", BigInteger, nullable=False))
-    compacted_to: int = Field(sa_column=Column("compacted_to", BigInteger, nullable=False))
-    cutoff: int = Field(sa_column=Column("cutoff", BigInteger, nullable=False))
+    revision: int = Field(sa_column=_revision("revision"))
+    compacted_to: int = Field(sa_column=_revision("compacted_to"))
     fingerprint: str = ""
     nonce: str = ""
 
@@ -130,3 +308,6 @@ def table(row: type[SQLModel]) -> Table:
 
 CLIENT, RESOURCE, SCOPE = table(ClientRow), table(ResourceRow), table(ScopeRow)
 SIGNING_KEY, FEED, FEED_HEAD = table(SigningKeyRow), table(FeedRow), table(FeedHeadRow)
+CUTOFF, GRANT, ACCESS_TOKEN = table(CutoffRow), table(GrantRow), table(AccessTokenRow)
+API_KEY, ASSERTION = table(ApiKeyRow), table(AssertionRow)
+INITIAL_ACCESS_TOKEN, REGISTRATION = table(InitialAccessTokenRow), table(RegistrationRow)

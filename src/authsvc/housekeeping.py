@@ -1,0 +1,41 @@
+"""Chores that every worker does about once a minute; done by two at once they do no harm."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+
+import structlog
+
+from authsvc.errors import AuthError
+from authsvc.keys.secrets import jitter
+
+FIRST_S = 5.0
+"""A worker that starts does them soon: it may never live for a minute."""
+
+log = structlog.get_logger()
+
+Chore = Callable[[], Awaitable[object]]
+
+
+class Housekeeping:
+    """Does chores, one after the other; one that fails does not stop the others."""
+
+    def __init__(self, chores: Mapping[str, Chore], interval_s: float) -> None:
+        self._chores = chores
+        self._interval_s = interval_s
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        await asyncio.sleep(jitter(FIRST_S))
+        while True:
+            await self.run_once()
+            await asyncio.sleep(self._interval_s * (0.75 + jitter(0.5)))
+
+    async def run_once(self) -> None:
+        """Each chore once."""
+        for name, chore in self._chores.items():
+            try:
+                await chore()
+            except AuthError as error:
+                log.warning("chore.failed", chore=name, reason=error.reason.name, cause=error.cause)
+            except Exception as error:
+                log.error("chore.failed", chore=name, exc_info=error)
