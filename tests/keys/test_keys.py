@@ -6,17 +6,15 @@ import hmac
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
 from authsvc.errors import AuthError, Reason
 from authsvc.keys import secrets as module
-from authsvc.keys.jwt import Signer, generate
+from authsvc.keys.jwt import ALGORITHMS_OFFERED, Signer, generate
 from authsvc.keys.ring import KeyRing
 from authsvc.keys.secrets import (
     CLIENT_SECRET_PREFIX,
@@ -30,8 +28,9 @@ from authsvc.keys.secrets import (
     new_secret,
 )
 from authsvc.model import KeyState, SigningKey
+from authsvc.store.port import KeyStore
 from authsvc_client.core.judge import Judge, Question
-from authsvc_client.core.jws import ALGORITHMS, KeyRefused, decode
+from authsvc_client.core.jws import KeyRefused, Verifier, decode
 from authsvc_client.core.state import State
 from clients.python.tests.core.tokens import BOOT, ISSUER, NOW, PAYMENTS, REVISION, claims
 
@@ -193,29 +192,10 @@ def _judge(*jwks: Mapping[str, Any]) -> Judge:
     return Judge(ISSUER, state)
 
 
-def _stored(alg: str, sealer: Sealer) -> SigningKey:
-    """As `generate`, of each algorithm."""
-    key = generate(sealer, KeyState.CURRENT, NOW)
-    if alg == "ES256":
-        return key
-    private: Any = rsa.generate_private_key(65537, 2048)
-    if alg == "EdDSA":
-        private = ed25519.Ed25519PrivateKey.generate()
-    plain = private.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
-    jwk = ALGORITHMS[alg].to_jwk(private.public_key(), as_dict=True)
-    jwk = {name: value for name, value in jwk.items() if name != "key_ops"}
-    return replace(
-        key,
-        alg=alg,
-        public_jwk={**jwk, "kid": key.kid, "alg": alg, "use": "sig"},
-        sealed_private=sealer.seal(plain, "signing-key:" + key.kid),
-    )
-
-
-@pytest.mark.parametrize("alg", ["ES256", "RS256", "PS256", "EdDSA"])
+@pytest.mark.parametrize("alg", ALGORITHMS_OFFERED)
 def test_signer_writes_canonical_tokens_that_are_active(alg: str) -> None:
     sealer = _sealer()
-    key = _stored(alg, sealer)
+    key = generate(sealer, KeyState.CURRENT, NOW, alg)
     signer, judge = Signer(key, sealer), _judge(key.public_jwk)
     lengths = set()
     for index in range(20):
@@ -229,16 +209,27 @@ def test_signer_writes_canonical_tokens_that_are_active(alg: str) -> None:
     assert len(lengths) > 1
 
 
-def test_generate_hides_the_private_part() -> None:
+MEMBERS = {"ES256": "crv x y", "RS256": "n e", "PS256": "n e", "EdDSA": "crv x"}
+
+
+@pytest.mark.parametrize("alg", ALGORITHMS_OFFERED)
+def test_generate_hides_the_private_part(alg: str) -> None:
     sealer = _sealer()
-    key = generate(sealer, KeyState.NEXT, NOW)
-    assert set(key.public_jwk) == {"kty", "crv", "x", "y", "kid", "alg", "use"}
+    key = generate(sealer, KeyState.NEXT, NOW, alg)
+    assert set(key.public_jwk) == {"kty", "kid", "alg", "use", *MEMBERS[alg].split()}
+    assert (key.alg, key.public_jwk["alg"], Verifier(key.public_jwk).alg) == (alg, alg, alg)
     assert (key.state, key.create_time, key.kid) == (KeyState.NEXT, NOW, key.public_jwk["kid"])
     for wrong in (_sealer(), Sealer(())):
         with pytest.raises(ValueError, match="cannot be opened"):
             Signer(key, wrong)
     with pytest.raises(ValueError, match="cannot be opened"):
         Signer(replace(key, kid="another"), sealer)
+
+
+def test_generate_makes_nothing_else() -> None:
+    for alg in ("none", "HS256", "RSA-OAEP-256", "es256", ""):
+        with pytest.raises(LookupError):
+            generate(_sealer(), KeyState.NEXT, NOW, alg)
 
 
 # The ring
@@ -264,18 +255,18 @@ class Store:
 
 def _ring(store: Store, sealer: Sealer) -> tuple[KeyRing, Judge]:
     judge = _judge()
-    return KeyRing(store, sealer, judge.state), judge
+    return KeyRing(cast("KeyStore", store), sealer, judge.state), judge
 
 
 async def test_ensure_raced_by_many_workers_makes_one_key_that_all_take() -> None:
     store, sealer = Store(), _sealer()
     rings = [_ring(store, sealer) for _ in range(16)]
-    await asyncio.gather(*(ring.ensure(NOW) for ring, _ in rings))
+    await asyncio.gather(*(ring.ensure() for ring, _ in rings))
     assert [key.state for key in store.keys] == [KeyState.CURRENT]
     await asyncio.gather(*(ring.load() for ring, _ in rings))
     tokens = [ring.signer.sign(claims()) for ring, _ in rings]
     assert all(judge(token, ASK, BOOT).active for _, judge in rings for token in tokens)
-    await rings[0][0].ensure(NOW)
+    await rings[0][0].ensure()
     assert len(store.keys) == 1
 
 
@@ -283,7 +274,7 @@ async def test_ensure_makes_a_current_key_beside_others() -> None:
     sealer = _sealer()
     store = Store(generate(sealer, KeyState.RETIRED, NOW), generate(sealer, KeyState.TAINTED, NOW))
     ring, _ = _ring(store, sealer)
-    await ring.ensure(NOW)
+    await ring.ensure()
     assert [key.state for key in store.keys].count(KeyState.CURRENT) == 1
 
 

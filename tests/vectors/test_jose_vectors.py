@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from joserfc import jwe
+from joserfc.jwk import import_key
 
+from authsvc.keys.jwe import Encrypter, is_jwe
 from authsvc_client.core.jws import ALGORITHMS, KeyRefused, Refused, Verifier, verify_compact
 from authsvc_client.core.reason import Reason
 from authsvc_client.core.state import State
@@ -199,6 +202,39 @@ def test_cookbook_no_form_is_an_access_token() -> None:
         verdict = rig(token, audiences=frozenset({"*"}), audience="")
         assert verdict.reason is Reason.TOKEN_MALFORMED
     assert rig.verifier.checked == 1
+
+
+def test_cookbook_encryption() -> None:
+    """RFC 7520 sections 5, 6: four of the ten keys fit an algorithm of ours."""
+    vectors = [_read(f"jwe/{path.name}") for path in sorted((COOKBOOK / "jwe").iterdir())]
+    nested = _read("6.nesting_signatures_and_encryption.json")
+    assert not is_jwe(nested["sign"]["output"]["compact"])
+    taken: list[tuple[str, str]] = []
+    for vector in (*vectors, nested["encrypt"]):
+        if "compact" not in vector["output"]:
+            continue
+        assert is_jwe(vector["output"]["compact"])
+        key = vector["input"].get("key", {"kty": "oct", "k": vector["input"].get("pwd")})
+        with pytest.raises(ValueError, match=r"\w"):
+            Encrypter(json.dumps(key))
+        for alg in (vector["input"]["alg"], "RSA-OAEP-256"):
+            try:
+                encrypter = Encrypter(json.dumps({**_public(key), "alg": alg}))
+            except ValueError:
+                continue
+            private = import_key({**key, "alg": alg})
+            opened = jwe.decrypt_compact(
+                encrypter.encrypt("signed"), private, algorithms=[alg, "A256GCM"]
+            )
+            assert opened.plaintext == b"signed"
+            assert opened.headers()["kid"] == key["kid"]
+            taken.append((key["kty"], alg))
+    assert taken == [
+        ("RSA", "RSA-OAEP-256"),
+        ("RSA", "RSA-OAEP-256"),
+        ("EC", "ECDH-ES"),
+        ("RSA", "RSA-OAEP-256"),
+    ]
 
 
 RFC_SIGNED = {"rfc7515-A.1": False, "rfc7515-A.3": True, "rfc7515-A.5": False, "rfc8037-A.4": True}

@@ -10,11 +10,12 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.x509.verification import VerificationError
 
 from authsvc.errors import AuthError, Reason
-from authsvc.rpc.peer import Peers, _Anchor, read_authorities
+from authsvc.rpc.peer import Peers, Trust, _Anchor, read_authorities, read_bundle
 from tests import certs
 
 ROOT = Path(os.environ["AUTHSVC_VECTORS"]) / "spiffe"
 GO = ROOT / "go-spiffe/svid/x509svid/testdata"
+GO_BUNDLES = ROOT / "go-spiffe/bundle"
 PY = ROOT / "py-spiffe/testutils/src/testutils/x509-certs"
 
 _BLOCK = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----\n?", re.DOTALL)
@@ -56,6 +57,22 @@ LEAVES = {
 }
 """File -> cause of the refusal by a listener that trusts none of the issuers."""
 
+BUNDLES = {
+    GO_BUNDLES / "spiffebundle/testdata/spiffebundle_valid_1.json": 1,
+    GO_BUNDLES / "spiffebundle/testdata/spiffebundle_valid_2.json": 1,
+    GO_BUNDLES / "spiffebundle/testdata/spiffebundle_valid_with_wit.json": 1,
+    GO_BUNDLES / "spiffebundle/testdata/spiffebundle_missing_kid.json": 1,
+    GO_BUNDLES / "spiffebundle/testdata/spiffebundle_multiple_x509.json": 1,  # the first counts
+    GO_BUNDLES / "jwtbundle/testdata/jwks_valid_1.json": 0,
+    GO_BUNDLES / "jwtbundle/testdata/jwks_valid_2.json": 0,
+    GO_BUNDLES / "jwtbundle/testdata/jwks_missing_kid.json": 0,
+    PY.parent / "jwks/jwks_1_ec_key.json": 0,
+    PY.parent / "jwks/jwks_3_keys.json": 0,
+    PY.parent / "jwks/jwks_ec_missing_x.json": 0,
+    PY.parent / "jwks/jwks_missing_kid.json": 0,
+}
+"""File -> how many X.509 CAs it has."""
+
 CORRUPT = (GO / "corrupt-cert.pem", GO / "not-pem", PY / "corrupted")
 INTERMEDIATES = {"no-ca": "cA must be asserted", "no-key-cert-sign": "keyCertSign must be asserted"}
 
@@ -75,7 +92,8 @@ def _middle_of_life(pem: bytes) -> float:
 
 def _peers(*authorities: bytes) -> Peers:
     trusted = tuple(x509.load_pem_x509_certificate(pem) for pem in authorities)
-    return Peers(lambda: trusted)
+    trust = Trust(trusted)
+    return Peers(lambda: trust)
 
 
 def _cause(peers: Peers, leaf: bytes, chain: bytes = b"", now: float = certs.NOW) -> str:
@@ -112,6 +130,17 @@ def test_vectors_leaf_is_refused_for_its_own_fault(path: Path) -> None:
 def test_vectors_all_leaves_are_there() -> None:
     found = {*GO.glob("*leaf*"), *PY.glob("*leaf*")}
     assert found <= {*LEAVES, *CHAINS}
+
+
+def test_vectors_bundles_have_their_cas_and_the_rest_is_refused() -> None:
+    """X509-SVID section 6.2. The certificates in PEM there are no CAs."""
+    found = {path: len(read_bundle(path.read_bytes())) for path in BUNDLES}
+    assert found == BUNDLES
+    bad = {*GO_BUNDLES.glob("*/testdata/*"), *PY.parent.glob("x509-bundle-certs/*")} - {*BUNDLES}
+    assert len(bad) == 16
+    for path in bad:
+        with pytest.raises(ValueError):  # noqa: PT011 - each has a fault of its own
+            read_bundle(path.read_bytes())
 
 
 @pytest.mark.parametrize("path", CORRUPT, ids=lambda path: path.name)

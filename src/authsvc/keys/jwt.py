@@ -2,10 +2,10 @@
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -18,6 +18,20 @@ from authsvc.model import KeyState, SigningKey
 from authsvc_client.core.jws import ALGORITHMS
 
 DEFAULT_ALGORITHM = "ES256"
+RSA_BITS = 2048
+
+
+def _rsa() -> rsa.RSAPrivateKey:
+    return rsa.generate_private_key(public_exponent=65537, key_size=RSA_BITS)
+
+
+_GENERATE: Mapping[str, Callable[[], Any]] = {
+    "ES256": lambda: ec.generate_private_key(ec.SECP256R1()),
+    "RS256": _rsa,
+    "PS256": _rsa,
+    "EdDSA": ed25519.Ed25519PrivateKey.generate,
+}
+ALGORITHMS_OFFERED = tuple(_GENERATE)
 _SEALED_FOR = "signing-key:"
 _compact = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -47,17 +61,20 @@ class Signer:
         return (body + b"." + _segment(signature)).decode()
 
 
-def generate(sealer: Sealer, state: KeyState, now: float) -> SigningKey:
-    """A new signing key, its private part sealed."""
-    private = ec.generate_private_key(ec.SECP256R1())
+def generate(
+    sealer: Sealer, state: KeyState, now: float, alg: str = DEFAULT_ALGORITHM
+) -> SigningKey:
+    """A new signing key, its private part sealed; LookupError for an algorithm not offered."""
+    private = _GENERATE[alg]()
     kid = new_id()
     plain = private.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
-    jwk = ALGORITHMS[DEFAULT_ALGORITHM].to_jwk(private.public_key(), as_dict=True)
+    jwk = ALGORITHMS[alg].to_jwk(private.public_key(), as_dict=True)
+    members = {name: value for name, value in jwk.items() if name != "key_ops"}
     return SigningKey(
         kid=kid,
-        alg=DEFAULT_ALGORITHM,
+        alg=alg,
         state=state,
-        public_jwk={**jwk, "kid": kid, "alg": DEFAULT_ALGORITHM, "use": "sig"},
+        public_jwk={**members, "kid": kid, "alg": alg, "use": "sig"},
         sealed_private=sealer.seal(plain, _SEALED_FOR + kid),
         create_time=now,
     )

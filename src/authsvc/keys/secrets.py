@@ -10,6 +10,11 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 CLIENT_SECRET_PREFIX = "asvc_cs_"
+ACCESS_TOKEN_PREFIX = "asvc_at_"
+API_KEY_PREFIX = "asvc_ak_"
+INITIAL_ACCESS_TOKEN_PREFIX = "asvc_it_"
+REGISTRATION_TOKEN_PREFIX = "asvc_rg_"
+REFRESH_TOKEN_PREFIX = "asvc_rt_"
 SEAL_KEY_BYTES = 32
 _NONCE_BYTES = 12
 _CHECK_CHARS = 6
@@ -22,6 +27,11 @@ def new_id() -> str:
     Hexadecimal, so that no id begins with a hyphen and each is one word to a double click.
     """
     return secrets.token_hex(16)
+
+
+def new_handle() -> bytes:
+    """16 random bytes that find a grant, and stand in no other token."""
+    return secrets.token_bytes(16)
 
 
 def new_seal_key() -> bytes:
