@@ -162,6 +162,7 @@ class FakeAuthService(AuthServiceServicer):
         self.verdicts: dict[str, Any] = {}
         self.lifetime_s = 300
         self.issued: list[auth_pb2.IssueTokenRequest] = []
+        self.refreshed: list[auth_pb2.RefreshTokenRequest] = []
         self.validated: list[auth_pb2.ValidateTokenRequest] = []
         self.revoked: list[auth_pb2.RevokeTokenRequest] = []
         self.before: Answer | None = None
@@ -214,8 +215,18 @@ class FakeAuthService(AuthServiceServicer):
     def BatchValidateTokens(self, request: Any, context: Any) -> Any:
         raise NotImplementedError
 
-    def RefreshToken(self, request: Any, context: Any) -> Any:
-        raise NotImplementedError
+    async def RefreshToken(
+        self, request: auth_pb2.RefreshTokenRequest, context: Any
+    ) -> auth_pb2.RefreshTokenResponse:
+        self.refreshed.append(request)
+        await self._answer(request, context)
+        response = auth_pb2.RefreshTokenResponse()
+        response.token.access_token = "t"
+        response.token.refresh_token = "next"
+        response.token.scopes.extend(request.scopes)
+        response.token.audiences.extend(request.resources)
+        response.token.expires_in.FromSeconds(self.lifetime_s)
+        return response
 
     def RegisterClient(self, request: Any, context: Any) -> Any:
         raise NotImplementedError

@@ -18,6 +18,7 @@ from authsvc_client import (
     Reason,
     channel,
 )
+from authsvc_client.client import ACCESS_TOKEN_TYPE, REFRESH_TOKEN_TYPE
 from authsvc_client.v1 import auth_pb2
 from authsvc_client.v1.auth_pb2_grpc import AuthServiceStub
 
@@ -43,6 +44,34 @@ async def test_issue_with_a_secret_sends_it(authsvc: Authsvc) -> None:
     assert authsvc.fake.issued[0].client_credential.client_secret == "s"
 
 
+@pytest.mark.parametrize(
+    ("refreshable", "wanted"), [(False, ACCESS_TOKEN_TYPE), (True, REFRESH_TOKEN_TYPE)]
+)
+async def test_exchange_hands_the_subject_token_over(
+    authsvc: Authsvc, refreshable: bool, wanted: str
+) -> None:
+    token = await authsvc.client.exchange(
+        "orders", "subject", ["a"], [AUDIENCE], refreshable=refreshable, client_secret="s"
+    )
+    (request,) = authsvc.fake.issued
+    grant = request.token_exchange
+    assert (grant.subject_token, grant.subject_token_type) == ("subject", ACCESS_TOKEN_TYPE)
+    assert grant.requested_token_type == wanted
+    assert (request.client_id, request.client_credential.client_secret) == ("orders", "s")
+    assert (list(request.scopes), list(request.resources)) == (["a"], [AUDIENCE])
+    assert token.value == "t1"
+
+
+async def test_refresh_answers_the_token_to_use_next(authsvc: Authsvc) -> None:
+    token = await authsvc.client.refresh("orders", "r", ["a"], [AUDIENCE], client_secret="s")
+    (request,) = authsvc.fake.refreshed
+    assert (request.refresh_token, request.client_id) == ("r", "orders")
+    assert request.client_credential.client_secret == "s"
+    assert (token.value, token.refresh_token, token.lifetime_s) == ("t", "next", 300)
+    assert (token.scopes, token.audiences) == (("a",), (AUDIENCE,))
+    assert "next" not in repr(token)
+
+
 async def test_validate_asks_what_it_was_given(authsvc: Authsvc) -> None:
     await authsvc.client.validate(
         "t", audience=AUDIENCE, scopes={"a"}, thumbprint="p" * 43, require_bound=True
@@ -60,6 +89,8 @@ async def test_validate_answers_typed_claims(authsvc: Authsvc) -> None:
     answer.claims.auth_time.FromSeconds(1_800_000_000)
     answer.claims.actor.subject = "outer"
     answer.claims.actor.actor.subject = "inner"
+    answer.claims.may_act = "m"
+    answer.claims.key_ids.extend(["k", "l"])
     answer.claims.certificate_thumbprint = "p"
     answer.reusable_until.FromMilliseconds(1500)
     authsvc.fake.verdicts["t"] = answer
@@ -84,6 +115,8 @@ async def test_validate_answers_typed_claims(authsvc: Authsvc) -> None:
         acr="x",
         amr=("pwd",),
         actors=("outer", "inner"),
+        may_act="m",
+        key_ids=("k", "l"),
     )
 
 

@@ -16,6 +16,8 @@ from .v1 import auth_pb2
 from .v1.auth_pb2_grpc import AuthServiceStub
 
 TIMEOUT_S = 5.0
+ACCESS_TOKEN_TYPE = "urn:ietf:params:oauth:token-type:access_token"  # noqa: S105 - no password
+REFRESH_TOKEN_TYPE = "urn:ietf:params:oauth:token-type:refresh_token"  # noqa: S105
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +75,53 @@ class AuthsvcClient:
             scopes=scopes,
             resources=resources,
         )
-        token = (await self._call(self.stub.IssueToken, request)).token
-        return Token(
-            value=token.access_token,
-            lifetime_s=_seconds(token.expires_in),
-            scopes=tuple(token.scopes),
-            audiences=tuple(token.audiences),
-            jti=token.jti,
+        return _token(await self._call(self.stub.IssueToken, request))
+
+    async def exchange(
+        self,
+        client_id: str,
+        subject_token: str,
+        scopes: Iterable[str] = (),
+        resources: Iterable[str] = (),
+        *,
+        refreshable: bool = False,
+        client_secret: str | None = None,
+    ) -> Token:
+        """A token to act for the subject of one that was sent to the client (RFC 8693): with no
+        more scopes, and no longer life. `refreshable`: a refresh token instead, for `refresh`."""
+        grant = auth_pb2.TokenExchangeGrant(
+            subject_token=subject_token,
+            subject_token_type=ACCESS_TOKEN_TYPE,
+            requested_token_type=REFRESH_TOKEN_TYPE if refreshable else ACCESS_TOKEN_TYPE,
         )
+        request = auth_pb2.IssueTokenRequest(
+            token_exchange=grant,
+            client_id=client_id,
+            client_credential=_credential(client_secret),
+            scopes=scopes,
+            resources=resources,
+        )
+        return _token(await self._call(self.stub.IssueToken, request))
+
+    async def refresh(
+        self,
+        client_id: str,
+        refresh_token: str,
+        scopes: Iterable[str] = (),
+        resources: Iterable[str] = (),
+        *,
+        client_secret: str | None = None,
+    ) -> Token:
+        """An access token, with the refresh token to use next (RFC 6749 section 6). Whoever loses
+        the answer asks again with the same one; one that was used before its successor ends all."""
+        request = auth_pb2.RefreshTokenRequest(
+            refresh_token=refresh_token,
+            client_id=client_id,
+            client_credential=_credential(client_secret),
+            scopes=scopes,
+            resources=resources,
+        )
+        return _token(await self._call(self.stub.RefreshToken, request))
 
     async def validate(
         self,
@@ -171,6 +212,20 @@ def _credential(client_secret: str | None) -> auth_pb2.ClientCredential | None:
     return None if client_secret is None else auth_pb2.ClientCredential(client_secret=client_secret)
 
 
+def _token(
+    response: auth_pb2.IssueTokenResponse | auth_pb2.RefreshTokenResponse,
+) -> Token:
+    token = response.token
+    return Token(
+        value=token.access_token,
+        lifetime_s=_seconds(token.expires_in),
+        scopes=tuple(token.scopes),
+        audiences=tuple(token.audiences),
+        jti=token.jti,
+        refresh_token=token.refresh_token,
+    )
+
+
 def _seconds(duration: Duration) -> float:
     return duration.seconds + duration.nanos / 1e9
 
@@ -212,6 +267,8 @@ def _claims(claims: auth_pb2.TokenClaims) -> Claims:
         acr=claims.acr,
         amr=tuple(claims.amr),
         actors=_actors(claims),
+        may_act=claims.may_act,
+        key_ids=tuple(claims.key_ids),
     )
 
 

@@ -1,7 +1,7 @@
 """Who is calling, for a handler behind a RequireInterceptor."""
 
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from .core.claims import Claims
@@ -23,10 +23,12 @@ class Caller:
     """Seconds since the epoch."""
     claims: Claims
     """All the claims."""
+    token: str = field(repr=False)
+    """To exchange it, when the next service is called for the same subject."""
 
     @classmethod
-    def of(cls, claims: Claims) -> Self:
-        """From the claims of an active token."""
+    def of(cls, claims: Claims, token: str) -> Self:
+        """From an active token and its claims."""
         return cls(
             subject=claims.subject,
             client_id=claims.client_id,
@@ -35,6 +37,7 @@ class Caller:
             jti=claims.jti,
             expires=claims.expires,
             claims=claims,
+            token=token,
         )
 
 

@@ -153,7 +153,7 @@ class RequireInterceptor(grpc.aio.ServerInterceptor):
             return _inactive(verdict)
         if verdict.claims is None:
             raise ValueError("active without claims")
-        return Caller.of(verdict.claims)
+        return Caller.of(verdict.claims, token)
 
 
 @dataclass(frozen=True, slots=True)

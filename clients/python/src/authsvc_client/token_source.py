@@ -23,6 +23,8 @@ class Token:
     scopes: tuple[str, ...] = ()
     audiences: tuple[str, ...] = ()
     jti: str = ""
+    refresh_token: str = field(default="", repr=False)
+    """To use next, where one came with it."""
 
 
 class Step(Enum):

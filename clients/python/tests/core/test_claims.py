@@ -24,7 +24,7 @@ JSON: st.SearchStrategy[Any] = st.recursive(
     ),
     max_leaves=5,
 )
-NAMES = [*claims(), "nbf", "cnf", "acr", "amr", "auth_time"]
+NAMES = [*claims(), "nbf", "cnf", "acr", "amr", "auth_time", "may_act", "kids"]
 
 
 def test_reasons_are_those_of_the_contract() -> None:
@@ -40,6 +40,8 @@ def test_claims_of_a_full_payload() -> None:
         acr="gold",
         amr=["pwd", "otp"],
         cnf={"x5t#S256": "t", "jkt": "k"},
+        may_act={"sub": "agent"},
+        kids=["key-0", "key-2"],
     )
     assert parse_claims(payload) == Claims(
         issuer=payload["iss"],
@@ -61,12 +63,23 @@ def test_claims_of_a_full_payload() -> None:
         acr="gold",
         amr=("pwd", "otp"),
         actors=("agent", "robot"),
+        may_act="agent",
+        key_ids=("key-0", "key-2"),
     )
+
+
+@pytest.mark.parametrize(
+    "may_act", ["agent", ["agent"], {}, {"sub": ""}, {"sub": 1}, {"sub": "a", "iss": "b"}]
+)
+def test_claims_a_party_that_is_not_named_by_its_sub_alone_is_refused(may_act: Any) -> None:
+    """RFC 8693 section 4.4: `iss` and others would make it another party."""
+    with pytest.raises(Refused):
+        parse_claims(claims(may_act=may_act))
 
 
 def test_claims_of_the_least_payload() -> None:
     least = parse_claims(claims("scope", "gid", "sid", "rti", "act"))
-    assert least[8:] == (REVISION, 0, "", "", "", "", "", None, "", (), ())
+    assert least[8:] == (REVISION, 0, "", "", "", "", "", None, "", (), (), "", ())
     assert least.scopes == frozenset()
 
 

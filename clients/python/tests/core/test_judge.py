@@ -310,12 +310,19 @@ def test_judge_reusable_until_is_at_most_a_second_and_never_past_the_end(
 
 CUTOFFS: list[tuple[MarkerKind, tuple[str, ...], tuple[str, ...]]] = [
     (MarkerKind.CUTOFF_CLIENT, ("shop",), ("shop2",)),
-    (MarkerKind.CUTOFF_SUBJECT, ("alice",), ("shop",)),
+    (MarkerKind.CUTOFF_CLIENT, ("alice",), ("alic",)),
+    (MarkerKind.CUTOFF_CLIENT, ("agent",), ("jti-1",)),
+    (MarkerKind.CUTOFF_CLIENT, ("robot",), ("agent2",)),
+    (MarkerKind.CUTOFF_SUBJECT, ("alice",), ("gid-1",)),
+    (MarkerKind.CUTOFF_SUBJECT, ("shop",), ("shop2",)),
     (MarkerKind.CUTOFF_SUBJECT, ("agent",), ("agen",)),
     (MarkerKind.CUTOFF_SUBJECT, ("robot",), ("jti-1",)),
     (MarkerKind.CUTOFF_SUBJECT_CLIENT, ("alice", "shop"), ("shop", "alice")),
+    (MarkerKind.CUTOFF_SUBJECT_CLIENT, ("alice", "agent"), ("agent", "alice")),
+    (MarkerKind.CUTOFF_SUBJECT_CLIENT, ("alice", "robot"), ("agent", "robot")),
     (MarkerKind.CUTOFF_SUBJECT_CLIENT, ("agent", "shop"), ("alice", "other")),
     (MarkerKind.CUTOFF_SUBJECT_CLIENT, ("robot", "shop"), ("robo", "tshop")),
+    (MarkerKind.CUTOFF_RESOURCE, (PAYMENTS,), (ORDERS,)),
 ]
 
 
@@ -402,6 +409,9 @@ def test_judge_tainted_key_kills_all_its_tokens_and_no_others() -> None:
     rig.mark(MarkerKind.KEY_TAINTED, "key-1")
     assert rig(rig.token(jti="j", rev=2**62)).reason is Reason.TOKEN_KEY_TAINTED
     assert rig(second.sign(claims())).active
+    assert rig(second.sign(claims(kids=["key-3"]))).active
+    exchanged = rig(second.sign(claims(kids=["key-3", "key-1"])))
+    assert exchanged.reason is Reason.TOKEN_KEY_TAINTED
 
 
 def test_judge_marks_survive_snapshots_and_epochs_until_they_run_out() -> None:

@@ -38,6 +38,10 @@ class Claims(NamedTuple):
     amr: tuple[str, ...] = ()
     actors: tuple[str, ...] = ()
     """`act.sub`, outermost first (RFC 8693 section 4.1)."""
+    may_act: str = ""
+    """`may_act.sub`: the only one that may act for its subject (RFC 8693 section 4.4)."""
+    key_ids: tuple[str, ...] = ()
+    """`kids`: signing keys of the tokens that it was exchanged from."""
 
 
 def parse_claims(payload: Mapping[str, Any]) -> Claims:
@@ -67,6 +71,8 @@ def parse_claims(payload: Mapping[str, Any]) -> Claims:
         acr=_optional_text(payload, "acr"),
         amr=_texts(payload["amr"]) if "amr" in payload else (),
         actors=_actors(payload),
+        may_act=_may_act(payload),
+        key_ids=_texts(payload["kids"]) if "kids" in payload else (),
     )
 
 
@@ -134,3 +140,13 @@ def _actors(payload: Mapping[str, Any]) -> tuple[str, ...]:
             raise Refused(Reason.TOKEN_MALFORMED)
         actors.append(_text(payload, "sub"))
     return tuple(actors)
+
+
+def _may_act(payload: Mapping[str, Any]) -> str:
+    """A party that is named by more than its `sub` would be taken for another."""
+    if "may_act" not in payload:
+        return ""
+    party = payload["may_act"]
+    if not isinstance(party, dict) or party.keys() != {"sub"}:
+        raise Refused(Reason.TOKEN_MALFORMED)
+    return _text(party, "sub")

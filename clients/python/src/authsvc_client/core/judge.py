@@ -57,20 +57,32 @@ class Verdict:
 
 
 class Verified:
-    """These exact bytes were signed by this key and say these claims. Nothing else is known."""
+    """These exact bytes were signed by this key and say these claims. Nothing else is known.
 
-    __slots__ = ("claims", "cutoffs", "encoded", "marks", "verifier")
+    Without a verifier the issuer found them in its own tables; `kid` names the key within, if any.
+    """
 
-    def __init__(self, verifier: Verifier, claims: Claims) -> None:
+    __slots__ = ("claims", "cutoffs", "encoded", "kid", "marks", "verifier")
+
+    def __init__(self, verifier: Verifier | None, claims: Claims, *, kid: str = "") -> None:
         self.verifier = verifier
+        self.kid = verifier.kid if verifier is not None else kid
+        """Of the signing key; empty where there is no signature."""
         self.claims = claims
-        self.marks = _marks(verifier, claims)
-        self.cutoffs = _cutoffs(claims.client_id, claims.subject, *claims.actors)
+        taint = verifier.taint_key if verifier is not None else _taint(kid)
+        self.marks = _marks(taint, claims)
+        self.cutoffs = cutoff_keys(
+            claims.client_id, claims.subject, claims.actors, claims.audiences
+        )
         self.encoded: Any = None
         """Room for an edge to keep its own form of the claims."""
 
 
-def _marks(verifier: Verifier, claims: Claims) -> tuple[tuple[bytes, Reason], ...]:
+def _taint(kid: str) -> bytes:
+    return marker_key(MarkerKind.KEY_TAINTED, kid)
+
+
+def _marks(taint: bytes, claims: Claims) -> tuple[tuple[bytes, Reason], ...]:
     """Keys of the dead marks that can kill the token."""
     found = [(marker_key(MarkerKind.TOKEN_DEAD, claims.jti), Reason.TOKEN_REVOKED)]
     if claims.root_jti:
@@ -79,19 +91,31 @@ def _marks(verifier: Verifier, claims: Claims) -> tuple[tuple[bytes, Reason], ..
         found.append((marker_key(MarkerKind.GRANT_DEAD, claims.grant_id), Reason.GRANT_REVOKED))
     if claims.session_id:
         found.append((marker_key(MarkerKind.SESSION_DEAD, claims.session_id), Reason.SESSION_ENDED))
-    found.append((verifier.taint_key, Reason.TOKEN_KEY_TAINTED))
-    return tuple(found)
+    taints = (taint, *map(_taint, claims.key_ids))
+    return (*found, *((key, Reason.TOKEN_KEY_TAINTED) for key in taints))
 
 
 @lru_cache(maxsize=8192)  # the same client and subject come again with every token of theirs
-def _cutoffs(client_id: str, *subjects: str) -> tuple[bytes, ...]:
-    """Keys of the cutoffs that can kill the token."""
-    keys = [marker_key(MarkerKind.CUTOFF_CLIENT, client_id)]
-    for subject in dict.fromkeys(subjects):
-        keys.append(marker_key(MarkerKind.CUTOFF_SUBJECT, subject))
-        keys.append(marker_key(MarkerKind.CUTOFF_SUBJECT_CLIENT, subject, client_id))
-    return tuple(keys)
+def cutoff_keys(
+    client_id: str, subject: str, actors: tuple[str, ...] = (), audiences: tuple[str, ...] = ()
+) -> tuple[bytes, ...]:
+    """Keys of the cutoffs that can kill a credential, beside the one for everything.
 
+    Each client and each subject that it went through: an exchanged token dies with all of them.
+    """
+    parties = dict.fromkeys((client_id, subject, *actors))
+    keys = [marker_key(kind, party) for party in parties for kind in _OF_PARTY]
+    clients = dict.fromkeys((client_id, *actors))
+    if actors:
+        clients[subject] = None  # a client that was the subject itself had the token before them
+    kind = MarkerKind.CUTOFF_SUBJECT_CLIENT
+    keys += [marker_key(kind, subject, client) for client in clients]
+    keys += [marker_key(kind, actor, client_id) for actor in actors if actor != subject]
+    keys += [marker_key(MarkerKind.CUTOFF_RESOURCE, audience) for audience in audiences]
+    return tuple(dict.fromkeys(keys))
+
+
+_OF_PARTY = (MarkerKind.CUTOFF_CLIENT, MarkerKind.CUTOFF_SUBJECT)
 
 _ANYTHING = Question(frozenset({ANY_AUDIENCE}))
 
@@ -108,13 +132,18 @@ class Judge:
         self._issuer = issuer
         self._cache: BytesCache[str, Verified] = BytesCache(cache_bytes)
 
-    def __call__(self, token: str, question: Question, boot: float) -> Verdict:
-        """Judges at boot time `boot` (seconds); raises StateStale where no answer is safe."""
+    def __call__(
+        self, token: str, question: Question, boot: float, known: Verified | None = None
+    ) -> Verdict:
+        """Judges at boot time `boot` (seconds); raises StateStale where no answer is safe.
+
+        `known` is what the issuer found of a token that no signature tells it.
+        """
         state = self.state
         state.require_fresh(boot)
         now = state.now(boot)
         try:
-            verified = self._find(token, question)
+            verified = known or self._find(token, question)
             claims = verified.claims
             _require_entitled(question, claims.audiences)
             if state.staleness:
@@ -132,14 +161,14 @@ class Judge:
             )
         return Verdict(Reason.UNSPECIFIED, state.revision, now, reusable, verified)
 
-    def identify(self, token: str, boot: float) -> Verified | None:
+    def identify(self, token: str, boot: float, known: Verified | None = None) -> Verified | None:
         """The token if it is ours and alive, whoever presents it and whatever it is for.
 
         For whoever revokes it: neither audience nor proof is judged. Raises StateStale.
         """
         self.state.require_fresh(boot)
         try:
-            verified = self._find(token, _ANYTHING)
+            verified = known or self._find(token, _ANYTHING)
             self._require_alive(verified, self.state.now(boot))
         except Refused:
             return None
@@ -149,7 +178,7 @@ class Judge:
         verified = self._cache.get(token)
         if verified is not None:
             verifier = verified.verifier
-            if self.state.keys.by_kid.get(verifier.kid) is verifier:
+            if verifier is not None and self.state.keys.by_kid.get(verifier.kid) is verifier:
                 return verified
         return self._verify(token, question)
 
@@ -183,6 +212,8 @@ class Judge:
             # crit, jwk, jku, x5u, x5c, zip, cty: refused, not ignored (RFC 8725 section 3.10).
             raise Refused(Reason.TOKEN_MALFORMED)
         verifier = self.state.keys.by_kid.get(kid)
+        if verifier is None and self.state.is_dead(_taint(kid)):
+            raise Refused(Reason.TOKEN_KEY_TAINTED)  # nobody need wait for it to be published
         return verifier if verifier is not None and verifier.alg == header["alg"] else None
 
     def _require_alive(self, verified: Verified, now: float) -> None:

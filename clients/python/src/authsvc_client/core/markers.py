@@ -10,8 +10,11 @@ ACCESS_TOKEN_LIFETIME_S_MAX = 3600
 LEEWAY_S = 30
 """Tolerated on `exp`, `nbf` and `iat`."""
 SKEW_S = 30
-MARKER_LIFETIME_S = ACCESS_TOKEN_LIFETIME_S_MAX + LEEWAY_S + SKEW_S
-"""A marker is kept as long as any token that it kills could be taken for live."""
+STALENESS_S_MAX = 600
+"""What no deployment's `staleness_max` exceeds."""
+MARKER_LIFETIME_S = ACCESS_TOKEN_LIFETIME_S_MAX + LEEWAY_S + SKEW_S + STALENESS_S_MAX
+"""A marker is kept as long as any token that it kills could be taken for live: also one that a
+worker made, cut off from the database, until it was stale."""
 
 
 class MarkerKind(IntEnum):
@@ -30,6 +33,7 @@ class MarkerKind(IntEnum):
     ROLE_CHANGED = 11
     RESOURCE_CHANGED = 12
     KEYS_CHANGED = 13
+    CUTOFF_RESOURCE = 14
 
 
 DEAD_KINDS = frozenset(
@@ -46,6 +50,7 @@ CUTOFF_KINDS = frozenset(
         MarkerKind.CUTOFF_CLIENT,
         MarkerKind.CUTOFF_SUBJECT,
         MarkerKind.CUTOFF_SUBJECT_CLIENT,
+        MarkerKind.CUTOFF_RESOURCE,
     }
 )
 

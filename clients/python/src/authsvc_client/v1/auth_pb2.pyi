@@ -68,11 +68,13 @@ class _MarkerKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MarkerKind
     MARKER_KIND_CUTOFF_EVERYTHING: _MarkerKind.ValueType  # 4
     """Everything below the revision is dead."""
     MARKER_KIND_CUTOFF_CLIENT: _MarkerKind.ValueType  # 5
-    """Everything of a client below the revision is dead."""
+    """Everything of a client below the revision is dead: `client_id`, `sub` or an `act.sub`."""
     MARKER_KIND_CUTOFF_SUBJECT: _MarkerKind.ValueType  # 6
-    """Everything of a subject below the revision is dead."""
+    """Everything of a subject below the revision is dead: `sub`, `client_id` or an `act.sub`."""
     MARKER_KIND_CUTOFF_SUBJECT_CLIENT: _MarkerKind.ValueType  # 7
-    """Everything of a client for a subject below the revision is dead."""
+    """Everything of a client for a subject below the revision is dead: `sub` with `client_id` or an
+    `act.sub`, an `act.sub` with `client_id`.
+    """
     MARKER_KIND_KEY_TAINTED: _MarkerKind.ValueType  # 8
     """A signing key is tainted, by `kid`: all its tokens are dead."""
     MARKER_KIND_CLIENT_CHANGED: _MarkerKind.ValueType  # 9
@@ -85,6 +87,8 @@ class _MarkerKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MarkerKind
     """A resource changed."""
     MARKER_KIND_KEYS_CHANGED: _MarkerKind.ValueType  # 13
     """Signing keys changed."""
+    MARKER_KIND_CUTOFF_RESOURCE: _MarkerKind.ValueType  # 14
+    """Everything for a resource, which was deleted, below the revision is dead."""
 
 class MarkerKind(_MarkerKind, metaclass=_MarkerKindEnumTypeWrapper):
     """Kinds of change."""
@@ -100,11 +104,13 @@ MARKER_KIND_SESSION_DEAD: MarkerKind.ValueType  # 3
 MARKER_KIND_CUTOFF_EVERYTHING: MarkerKind.ValueType  # 4
 """Everything below the revision is dead."""
 MARKER_KIND_CUTOFF_CLIENT: MarkerKind.ValueType  # 5
-"""Everything of a client below the revision is dead."""
+"""Everything of a client below the revision is dead: `client_id`, `sub` or an `act.sub`."""
 MARKER_KIND_CUTOFF_SUBJECT: MarkerKind.ValueType  # 6
-"""Everything of a subject below the revision is dead."""
+"""Everything of a subject below the revision is dead: `sub`, `client_id` or an `act.sub`."""
 MARKER_KIND_CUTOFF_SUBJECT_CLIENT: MarkerKind.ValueType  # 7
-"""Everything of a client for a subject below the revision is dead."""
+"""Everything of a client for a subject below the revision is dead: `sub` with `client_id` or an
+`act.sub`, an `act.sub` with `client_id`.
+"""
 MARKER_KIND_KEY_TAINTED: MarkerKind.ValueType  # 8
 """A signing key is tainted, by `kid`: all its tokens are dead."""
 MARKER_KIND_CLIENT_CHANGED: MarkerKind.ValueType  # 9
@@ -117,6 +123,8 @@ MARKER_KIND_RESOURCE_CHANGED: MarkerKind.ValueType  # 12
 """A resource changed."""
 MARKER_KIND_KEYS_CHANGED: MarkerKind.ValueType  # 13
 """Signing keys changed."""
+MARKER_KIND_CUTOFF_RESOURCE: MarkerKind.ValueType  # 14
+"""Everything for a resource, which was deleted, below the revision is dead."""
 Global___MarkerKind: _TypeAlias = MarkerKind  # noqa: Y015
 
 @_typing.final
@@ -256,15 +264,22 @@ class TokenExchangeGrant(_message.Message):
     ACTOR_TOKEN_TYPE_FIELD_NUMBER: _builtins.int
     REQUESTED_TOKEN_TYPE_FIELD_NUMBER: _builtins.int
     subject_token: _builtins.str
-    """Required. On whose behalf. At most 8 KiB."""
+    """Required. On whose behalf: an access token for an audience of the client, or the client's own.
+    At most 8 KiB.
+    """
     subject_token_type: _builtins.str
-    """Required. Its type, a URI of RFC 8693 section 3. At most 128 characters."""
+    """Required. Its type (RFC 8693 section 3): `urn:ietf:params:oauth:token-type:access_token`. At most
+    128 characters.
+    """
     actor_token: _builtins.str
-    """Who acts. At most 8 KiB."""
+    """Who acts, when not the client itself: an access token of the client's. At most 8 KiB."""
     actor_token_type: _builtins.str
     """Its type; with `actor_token` only. At most 128 characters."""
     requested_token_type: _builtins.str
-    """What to answer; an access token when empty. At most 128 characters."""
+    """What to answer: `urn:ietf:params:oauth:token-type:access_token`, also when empty; or
+    `…:refresh_token`, to a client registered for that grant: then no access token comes with it. At
+    most 128 characters.
+    """
     def __init__(
         self,
         *,
@@ -838,6 +853,8 @@ class TokenClaims(_message.Message):
     AMR_FIELD_NUMBER: _builtins.int
     ACTOR_FIELD_NUMBER: _builtins.int
     ROOT_JTI_FIELD_NUMBER: _builtins.int
+    MAY_ACT_FIELD_NUMBER: _builtins.int
+    KEY_IDS_FIELD_NUMBER: _builtins.int
     issuer: _builtins.str
     """`iss`."""
     subject: _builtins.str
@@ -860,6 +877,8 @@ class TokenClaims(_message.Message):
     """`acr`."""
     root_jti: _builtins.str
     """`rti`: `jti` of the token that an exchange began with."""
+    may_act: _builtins.str
+    """`may_act.sub`: the only one that may act for the subject (RFC 8693 section 4.4)."""
     @_builtins.property
     def audiences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """`aud`."""
@@ -888,6 +907,10 @@ class TokenClaims(_message.Message):
     def actor(self) -> Global___Actor:
         """`act`: who acts for the subject."""
 
+    @_builtins.property
+    def key_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """`kids`: signing keys of the tokens that it was exchanged from; tainted, they kill it."""
+
     def __init__(
         self,
         *,
@@ -909,10 +932,12 @@ class TokenClaims(_message.Message):
         amr: _abc.Iterable[_builtins.str] | None = ...,
         actor: Global___Actor | None = ...,
         root_jti: _builtins.str = ...,
+        may_act: _builtins.str = ...,
+        key_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "auth_time", b"auth_time", "expire_time", b"expire_time", "issue_time", b"issue_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acr", b"acr", "actor", b"actor", "amr", b"amr", "audiences", b"audiences", "auth_time", b"auth_time", "certificate_thumbprint", b"certificate_thumbprint", "client_id", b"client_id", "expire_time", b"expire_time", "grant_id", b"grant_id", "issue_time", b"issue_time", "issuer", b"issuer", "jti", b"jti", "jwk_thumbprint", b"jwk_thumbprint", "revision", b"revision", "root_jti", b"root_jti", "scopes", b"scopes", "session_id", b"session_id", "subject", b"subject"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acr", b"acr", "actor", b"actor", "amr", b"amr", "audiences", b"audiences", "auth_time", b"auth_time", "certificate_thumbprint", b"certificate_thumbprint", "client_id", b"client_id", "expire_time", b"expire_time", "grant_id", b"grant_id", "issue_time", b"issue_time", "issuer", b"issuer", "jti", b"jti", "jwk_thumbprint", b"jwk_thumbprint", "key_ids", b"key_ids", "may_act", b"may_act", "revision", b"revision", "root_jti", b"root_jti", "scopes", b"scopes", "session_id", b"session_id", "subject", b"subject"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1237,7 +1262,9 @@ class RegisterClientResponse(_message.Message):
     CLIENT_SECRET_EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     REGISTRATION_ACCESS_TOKEN_FIELD_NUMBER: _builtins.int
     client_secret: _builtins.str
-    """Its secret where a method needs one, shown this once."""
+    """Its secret where a method needs one, shown this once; a repeated request replaces one that was
+    never used, and does not show one that was.
+    """
     registration_access_token: _builtins.str
     """Lets the client read and change itself (RFC 7592), shown this once."""
     @_builtins.property

@@ -142,7 +142,8 @@ class AuthServiceServicer(object):
         """Registers a client (RFC 7591), which then waits for its review. Administrators; any peer with a
         verified certificate, for that identity only; the bearer of an initial access token. Reasons:
         INVALID_CLIENT_METADATA, INVALID_REDIRECT_URI, REGISTRATION_NOT_ALLOWED,
-        REGISTRATION_TOKEN_INVALID, ALREADY_EXISTS, REQUEST_ID_REUSED, NOT_IMPLEMENTED.
+        REGISTRATION_TOKEN_INVALID, ALREADY_EXISTS, REQUEST_ID_REUSED, RATE_LIMITED (too many wait for
+        review), NOT_IMPLEMENTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

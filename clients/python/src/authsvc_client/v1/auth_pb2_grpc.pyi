@@ -71,7 +71,8 @@ class AuthServiceStub:
     """Registers a client (RFC 7591), which then waits for its review. Administrators; any peer with a
     verified certificate, for that identity only; the bearer of an initial access token. Reasons:
     INVALID_CLIENT_METADATA, INVALID_REDIRECT_URI, REGISTRATION_NOT_ALLOWED,
-    REGISTRATION_TOKEN_INVALID, ALREADY_EXISTS, REQUEST_ID_REUSED, NOT_IMPLEMENTED.
+    REGISTRATION_TOKEN_INVALID, ALREADY_EXISTS, REQUEST_ID_REUSED, RATE_LIMITED (too many wait for
+    review), NOT_IMPLEMENTED.
     """
     WatchChanges: _grpc.UnaryStreamMultiCallable[_auth_pb2.WatchChangesRequest, _auth_pb2.WatchChangesResponse]
     """Streams what can kill or alter a token: a snapshot, then deltas, and a heartbeat at least every
@@ -125,7 +126,8 @@ class AuthServiceAsyncStub(AuthServiceStub):
     """Registers a client (RFC 7591), which then waits for its review. Administrators; any peer with a
     verified certificate, for that identity only; the bearer of an initial access token. Reasons:
     INVALID_CLIENT_METADATA, INVALID_REDIRECT_URI, REGISTRATION_NOT_ALLOWED,
-    REGISTRATION_TOKEN_INVALID, ALREADY_EXISTS, REQUEST_ID_REUSED, NOT_IMPLEMENTED.
+    REGISTRATION_TOKEN_INVALID, ALREADY_EXISTS, REQUEST_ID_REUSED, RATE_LIMITED (too many wait for
+    review), NOT_IMPLEMENTED.
     """
     WatchChanges: _aio.UnaryStreamMultiCallable[_auth_pb2.WatchChangesRequest, _auth_pb2.WatchChangesResponse]  # type: ignore[assignment]
     """Streams what can kill or alter a token: a snapshot, then deltas, and a heartbeat at least every
@@ -212,7 +214,8 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
         """Registers a client (RFC 7591), which then waits for its review. Administrators; any peer with a
         verified certificate, for that identity only; the bearer of an initial access token. Reasons:
         INVALID_CLIENT_METADATA, INVALID_REDIRECT_URI, REGISTRATION_NOT_ALLOWED,
-        REGISTRATION_TOKEN_INVALID, ALREADY_EXISTS, REQUEST_ID_REUSED, NOT_IMPLEMENTED.
+        REGISTRATION_TOKEN_INVALID, ALREADY_EXISTS, REQUEST_ID_REUSED, RATE_LIMITED (too many wait for
+        review), NOT_IMPLEMENTED.
         """
 
     @_abc_1.abstractmethod

@@ -36,7 +36,9 @@ class _ClientStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ClientSta
     CLIENT_STATE_REJECTED: _ClientState.ValueType  # 3
     """Turned away."""
     CLIENT_STATE_EXPIRED: _ClientState.ValueType  # 4
-    """Not reviewed in time, or past the end of its approval."""
+    """Not reviewed in time, or past the end of its approval. One that was never let in has no claim on
+    its certificate name any more.
+    """
     CLIENT_STATE_SUSPENDED: _ClientState.ValueType  # 5
     """Stopped; its tokens are cut off."""
 
@@ -52,7 +54,9 @@ CLIENT_STATE_APPROVED: ClientState.ValueType  # 2
 CLIENT_STATE_REJECTED: ClientState.ValueType  # 3
 """Turned away."""
 CLIENT_STATE_EXPIRED: ClientState.ValueType  # 4
-"""Not reviewed in time, or past the end of its approval."""
+"""Not reviewed in time, or past the end of its approval. One that was never let in has no claim on
+its certificate name any more.
+"""
 CLIENT_STATE_SUSPENDED: ClientState.ValueType  # 5
 """Stopped; its tokens are cut off."""
 Global___ClientState: _TypeAlias = ClientState  # noqa: Y015
@@ -172,6 +176,7 @@ class ClientMetadata(_message.Message):
     SOFTWARE_VERSION_FIELD_NUMBER: _builtins.int
     SOFTWARE_STATEMENT_FIELD_NUMBER: _builtins.int
     VALIDATES_FIELD_NUMBER: _builtins.int
+    MAY_ACT_FIELD_NUMBER: _builtins.int
     client_name: _builtins.str
     """Required. Name for people. 1 to 128 characters."""
     tls_client_auth_san_uri: _builtins.str
@@ -182,7 +187,9 @@ class ClientMetadata(_message.Message):
     """Subject DN (RFC 4514). At most 1024 characters."""
     tls_client_auth_ca: _builtins.str
     """CA that must have issued that certificate: lower-case hex SHA-256 of its SubjectPublicKeyInfo,
-    64 characters. When empty: the CA of the registering peer, or the listener's only one.
+    or, for a SPIFFE ID in a trust domain whose bundle the server has, `spiffe://` and that trust
+    domain. At most 264 characters. When empty: the bundle, else the CA of the registering peer, or
+    the listener's only one.
     """
     tls_client_certificate_bound_access_tokens: _builtins.bool
     """Access tokens are bound to the certificate (RFC 8705 section 3.4); by default so for clients with
@@ -206,6 +213,10 @@ class ClientMetadata(_message.Message):
     """Version of it. At most 64 characters."""
     software_statement: _builtins.str
     """Signed statement of metadata (RFC 7591 section 2.3). At most 16 KiB."""
+    may_act: _builtins.str
+    """Client id of the only one that may act for it at a token exchange (RFC 8693 section 4.4); empty
+    means any that its tokens are for. At most 64 characters.
+    """
     @_builtins.property
     def grant_types(self) -> _containers.RepeatedScalarFieldContainer[Global___GrantType.ValueType]:
         """Grants it may use; client_credentials when empty. At most 8."""
@@ -258,10 +269,11 @@ class ClientMetadata(_message.Message):
         software_version: _builtins.str = ...,
         software_statement: _builtins.str = ...,
         validates: _abc.Iterable[_builtins.str] | None = ...,
+        may_act: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_tls_client_certificate_bound_access_tokens", b"_tls_client_certificate_bound_access_tokens", "tls_client_auth", b"tls_client_auth", "tls_client_auth_san_dns", b"tls_client_auth_san_dns", "tls_client_auth_san_uri", b"tls_client_auth_san_uri", "tls_client_auth_subject_dn", b"tls_client_auth_subject_dn", "tls_client_certificate_bound_access_tokens", b"tls_client_certificate_bound_access_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tls_client_certificate_bound_access_tokens", b"_tls_client_certificate_bound_access_tokens", "client_name", b"client_name", "client_uri", b"client_uri", "contacts", b"contacts", "grant_types", b"grant_types", "jwks", b"jwks", "jwks_uri", b"jwks_uri", "logo_uri", b"logo_uri", "policy_uri", b"policy_uri", "redirect_uris", b"redirect_uris", "scopes", b"scopes", "software_id", b"software_id", "software_statement", b"software_statement", "software_version", b"software_version", "tls_client_auth", b"tls_client_auth", "tls_client_auth_ca", b"tls_client_auth_ca", "tls_client_auth_san_dns", b"tls_client_auth_san_dns", "tls_client_auth_san_uri", b"tls_client_auth_san_uri", "tls_client_auth_subject_dn", b"tls_client_auth_subject_dn", "tls_client_certificate_bound_access_tokens", b"tls_client_certificate_bound_access_tokens", "token_endpoint_auth_methods", b"token_endpoint_auth_methods", "tos_uri", b"tos_uri", "validates", b"validates"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tls_client_certificate_bound_access_tokens", b"_tls_client_certificate_bound_access_tokens", "client_name", b"client_name", "client_uri", b"client_uri", "contacts", b"contacts", "grant_types", b"grant_types", "jwks", b"jwks", "jwks_uri", b"jwks_uri", "logo_uri", b"logo_uri", "may_act", b"may_act", "policy_uri", b"policy_uri", "redirect_uris", b"redirect_uris", "scopes", b"scopes", "software_id", b"software_id", "software_statement", b"software_statement", "software_version", b"software_version", "tls_client_auth", b"tls_client_auth", "tls_client_auth_ca", b"tls_client_auth_ca", "tls_client_auth_san_dns", b"tls_client_auth_san_dns", "tls_client_auth_san_uri", b"tls_client_auth_san_uri", "tls_client_auth_subject_dn", b"tls_client_auth_subject_dn", "tls_client_certificate_bound_access_tokens", b"tls_client_certificate_bound_access_tokens", "token_endpoint_auth_methods", b"token_endpoint_auth_methods", "tos_uri", b"tos_uri", "validates", b"validates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__tls_client_certificate_bound_access_tokens: _TypeAlias = _typing.Literal["tls_client_certificate_bound_access_tokens"]  # noqa: Y015
     _WhichOneofArgType__tls_client_certificate_bound_access_tokens: _TypeAlias = _typing.Literal["_tls_client_certificate_bound_access_tokens", b"_tls_client_certificate_bound_access_tokens"]  # noqa: Y015
@@ -812,7 +824,7 @@ class RotateClientSecretRequest(_message.Message):
     """Required. At most 64 characters."""
     @_builtins.property
     def overlap_end_time(self) -> _timestamp_pb2.Timestamp:
-        """Until when the old secret works too; unset means it is dead at once."""
+        """Until when the old secret works too, at most 30 days ahead; unset means it is dead at once."""
 
     def __init__(
         self,
@@ -1072,7 +1084,7 @@ class InitialAccessToken(_message.Message):
     display_name: _builtins.str
     """Name for people. At most 128 characters."""
     uses_left: _builtins.int
-    """How many more clients it may register: 1 to 1000."""
+    """How many more clients it may register: 1 to 1000, on creation 1 when 0."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """Required. End of its life."""
@@ -1328,6 +1340,9 @@ class UpdateOwnClientResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CLIENT_FIELD_NUMBER: _builtins.int
+    CLIENT_SECRET_FIELD_NUMBER: _builtins.int
+    client_secret: _builtins.str
+    """Its secret where a method needs one and it had none, shown this once."""
     @_builtins.property
     def client(self) -> Global___Client:
         """What it is now."""
@@ -1336,10 +1351,11 @@ class UpdateOwnClientResponse(_message.Message):
         self,
         *,
         client: Global___Client | None = ...,
+        client_secret: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["client", b"client"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "client_secret", b"client_secret"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

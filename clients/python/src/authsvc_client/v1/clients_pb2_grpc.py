@@ -148,8 +148,11 @@ class ClientServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UpdateClient(self, request, context):
-        """Changes the fields named by the mask. Administrators. Reasons: CLIENT_NOT_FOUND, ETAG_MISMATCH,
-        INVALID_CLIENT_METADATA.
+        """Changes the fields named by the mask; what takes a scope, a grant, a method, a key or the
+        identity away cuts off what was issued before. Where a method newly needs a secret,
+        RotateClientSecret makes it. Administrators. Reasons: CLIENT_NOT_FOUND,
+        ETAG_MISMATCH, INVALID_CLIENT_METADATA, ALREADY_EXISTS (the certificate name is another's),
+        CLIENT_STATE_CONFLICT (only an approval has an end).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -164,16 +167,17 @@ class ClientServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ApproveClient(self, request, context):
-        """Lets a PENDING client in. Administrators. Reasons: CLIENT_NOT_FOUND, ETAG_MISMATCH,
-        CLIENT_STATE_CONFLICT (it is not PENDING), INVALID_CLIENT_METADATA (a scope is gone).
+        """Lets a PENDING client in, or an EXPIRED one again. Administrators. Reasons: CLIENT_NOT_FOUND,
+        ETAG_MISMATCH, CLIENT_STATE_CONFLICT (it is neither), INVALID_CLIENT_METADATA (a scope is gone),
+        ALREADY_EXISTS (its certificate name is another's by now).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RejectClient(self, request, context):
-        """Turns a PENDING client away, for good. Administrators. Reasons: CLIENT_NOT_FOUND, ETAG_MISMATCH,
-        CLIENT_STATE_CONFLICT.
+        """Turns a PENDING or EXPIRED client away, for good; its certificate name is free then.
+        Administrators. Reasons: CLIENT_NOT_FOUND, ETAG_MISMATCH, CLIENT_STATE_CONFLICT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -197,7 +201,8 @@ class ClientServiceServicer(object):
 
     def RotateClientSecret(self, request, context):
         """Makes a new secret; the old one works until the overlap ends. Administrators. Reasons:
-        CLIENT_NOT_FOUND, CLIENT_STATE_CONFLICT, AUTH_METHOD_NOT_REGISTERED.
+        CLIENT_NOT_FOUND, CLIENT_STATE_CONFLICT (it is REJECTED or EXPIRED), AUTH_METHOD_NOT_REGISTERED,
+        ETAG_MISMATCH (another rotation was faster).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -257,9 +262,10 @@ class ClientServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UpdateOwnClient(self, request, context):
-        """Replaces the metadata of that client and puts it back to review where they ask for more
-        (RFC 7592 section 2.2). Its bearer. Reasons: REGISTRATION_TOKEN_INVALID,
-        INVALID_CLIENT_METADATA, INVALID_REDIRECT_URI.
+        """Replaces the metadata of that client (RFC 7592 section 2.2). Where they ask for more, or for
+        other keys or another identity, it goes back to review, and what was issued to it is cut off. Its
+        bearer. Reasons: REGISTRATION_TOKEN_INVALID, INVALID_CLIENT_METADATA, REGISTRATION_NOT_ALLOWED
+        (`validates`, or a name that is not in the caller's certificate), ALREADY_EXISTS, ETAG_MISMATCH.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

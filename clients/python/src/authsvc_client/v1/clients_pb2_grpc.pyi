@@ -40,20 +40,24 @@ class ClientServiceStub:
     ListClients: _grpc.UnaryUnaryMultiCallable[_clients_pb2.ListClientsRequest, _clients_pb2.ListClientsResponse]
     """Lists clients in the order of their ids. Administrators. Reasons: PAGE_TOKEN_INVALID."""
     UpdateClient: _grpc.UnaryUnaryMultiCallable[_clients_pb2.UpdateClientRequest, _clients_pb2.UpdateClientResponse]
-    """Changes the fields named by the mask. Administrators. Reasons: CLIENT_NOT_FOUND, ETAG_MISMATCH,
-    INVALID_CLIENT_METADATA.
+    """Changes the fields named by the mask; what takes a scope, a grant, a method, a key or the
+    identity away cuts off what was issued before. Where a method newly needs a secret,
+    RotateClientSecret makes it. Administrators. Reasons: CLIENT_NOT_FOUND,
+    ETAG_MISMATCH, INVALID_CLIENT_METADATA, ALREADY_EXISTS (the certificate name is another's),
+    CLIENT_STATE_CONFLICT (only an approval has an end).
     """
     DeleteClient: _grpc.UnaryUnaryMultiCallable[_clients_pb2.DeleteClientRequest, _clients_pb2.DeleteClientResponse]
     """Deletes a client and cuts off its tokens; its id is never used again. Administrators. Reasons:
     CLIENT_NOT_FOUND, ETAG_MISMATCH.
     """
     ApproveClient: _grpc.UnaryUnaryMultiCallable[_clients_pb2.ApproveClientRequest, _clients_pb2.ApproveClientResponse]
-    """Lets a PENDING client in. Administrators. Reasons: CLIENT_NOT_FOUND, ETAG_MISMATCH,
-    CLIENT_STATE_CONFLICT (it is not PENDING), INVALID_CLIENT_METADATA (a scope is gone).
+    """Lets a PENDING client in, or an EXPIRED one again. Administrators. Reasons: CLIENT_NOT_FOUND,
+    ETAG_MISMATCH, CLIENT_STATE_CONFLICT (it is neither), INVALID_CLIENT_METADATA (a scope is gone),
+    ALREADY_EXISTS (its certificate name is another's by now).
     """
     RejectClient: _grpc.UnaryUnaryMultiCallable[_clients_pb2.RejectClientRequest, _clients_pb2.RejectClientResponse]
-    """Turns a PENDING client away, for good. Administrators. Reasons: CLIENT_NOT_FOUND, ETAG_MISMATCH,
-    CLIENT_STATE_CONFLICT.
+    """Turns a PENDING or EXPIRED client away, for good; its certificate name is free then.
+    Administrators. Reasons: CLIENT_NOT_FOUND, ETAG_MISMATCH, CLIENT_STATE_CONFLICT.
     """
     SuspendClient: _grpc.UnaryUnaryMultiCallable[_clients_pb2.SuspendClientRequest, _clients_pb2.SuspendClientResponse]
     """Stops an APPROVED client and cuts off every token it has. Administrators. Reasons:
@@ -65,7 +69,8 @@ class ClientServiceStub:
     """
     RotateClientSecret: _grpc.UnaryUnaryMultiCallable[_clients_pb2.RotateClientSecretRequest, _clients_pb2.RotateClientSecretResponse]
     """Makes a new secret; the old one works until the overlap ends. Administrators. Reasons:
-    CLIENT_NOT_FOUND, CLIENT_STATE_CONFLICT, AUTH_METHOD_NOT_REGISTERED.
+    CLIENT_NOT_FOUND, CLIENT_STATE_CONFLICT (it is REJECTED or EXPIRED), AUTH_METHOD_NOT_REGISTERED,
+    ETAG_MISMATCH (another rotation was faster).
     """
     CreateApiKey: _grpc.UnaryUnaryMultiCallable[_clients_pb2.CreateApiKeyRequest, _clients_pb2.CreateApiKeyResponse]
     """Makes an API key of the calling client. The client itself, or administrators. Reasons:
@@ -90,9 +95,10 @@ class ClientServiceStub:
     bearer. Reasons: REGISTRATION_TOKEN_INVALID.
     """
     UpdateOwnClient: _grpc.UnaryUnaryMultiCallable[_clients_pb2.UpdateOwnClientRequest, _clients_pb2.UpdateOwnClientResponse]
-    """Replaces the metadata of that client and puts it back to review where they ask for more
-    (RFC 7592 section 2.2). Its bearer. Reasons: REGISTRATION_TOKEN_INVALID,
-    INVALID_CLIENT_METADATA, INVALID_REDIRECT_URI.
+    """Replaces the metadata of that client (RFC 7592 section 2.2). Where they ask for more, or for
+    other keys or another identity, it goes back to review, and what was issued to it is cut off. Its
+    bearer. Reasons: REGISTRATION_TOKEN_INVALID, INVALID_CLIENT_METADATA, REGISTRATION_NOT_ALLOWED
+    (`validates`, or a name that is not in the caller's certificate), ALREADY_EXISTS, ETAG_MISMATCH.
     """
     DeleteOwnClient: _grpc.UnaryUnaryMultiCallable[_clients_pb2.DeleteOwnClientRequest, _clients_pb2.DeleteOwnClientResponse]
     """Deletes that client (RFC 7592 section 2.3). Its bearer. Reasons: REGISTRATION_TOKEN_INVALID."""
@@ -109,20 +115,24 @@ class ClientServiceAsyncStub(ClientServiceStub):
     ListClients: _aio.UnaryUnaryMultiCallable[_clients_pb2.ListClientsRequest, _clients_pb2.ListClientsResponse]  # type: ignore[assignment]
     """Lists clients in the order of their ids. Administrators. Reasons: PAGE_TOKEN_INVALID."""
     UpdateClient: _aio.UnaryUnaryMultiCallable[_clients_pb2.UpdateClientRequest, _clients_pb2.UpdateClientResponse]  # type: ignore[assignment]
-    """Changes the fields named by the mask. Administrators. Reasons: CLIENT_NOT_FOUND, ETAG_MISMATCH,
-    INVALID_CLIENT_METADATA.
+    """Changes the fields named by the mask; what takes a scope, a grant, a method, a key or the
+    identity away cuts off what was issued before. Where a method newly needs a secret,
+    RotateClientSecret makes it. Administrators. Reasons: CLIENT_NOT_FOUND,
+    ETAG_MISMATCH, INVALID_CLIENT_METADATA, ALREADY_EXISTS (the certificate name is another's),
+    CLIENT_STATE_CONFLICT (only an approval has an end).
     """
     DeleteClient: _aio.UnaryUnaryMultiCallable[_clients_pb2.DeleteClientRequest, _clients_pb2.DeleteClientResponse]  # type: ignore[assignment]
     """Deletes a client and cuts off its tokens; its id is never used again. Administrators. Reasons:
     CLIENT_NOT_FOUND, ETAG_MISMATCH.
     """
     ApproveClient: _aio.UnaryUnaryMultiCallable[_clients_pb2.ApproveClientRequest, _clients_pb2.ApproveClientResponse]  # type: ignore[assignment]
-    """Lets a PENDING client in. Administrators. Reasons: CLIENT_NOT_FOUND, ETAG_MISMATCH,
-    CLIENT_STATE_CONFLICT (it is not PENDING), INVALID_CLIENT_METADATA (a scope is gone).
+    """Lets a PENDING client in, or an EXPIRED one again. Administrators. Reasons: CLIENT_NOT_FOUND,
+    ETAG_MISMATCH, CLIENT_STATE_CONFLICT (it is neither), INVALID_CLIENT_METADATA (a scope is gone),
+    ALREADY_EXISTS (its certificate name is another's by now).
     """
     RejectClient: _aio.UnaryUnaryMultiCallable[_clients_pb2.RejectClientRequest, _clients_pb2.RejectClientResponse]  # type: ignore[assignment]
-    """Turns a PENDING client away, for good. Administrators. Reasons: CLIENT_NOT_FOUND, ETAG_MISMATCH,
-    CLIENT_STATE_CONFLICT.
+    """Turns a PENDING or EXPIRED client away, for good; its certificate name is free then.
+    Administrators. Reasons: CLIENT_NOT_FOUND, ETAG_MISMATCH, CLIENT_STATE_CONFLICT.
     """
     SuspendClient: _aio.UnaryUnaryMultiCallable[_clients_pb2.SuspendClientRequest, _clients_pb2.SuspendClientResponse]  # type: ignore[assignment]
     """Stops an APPROVED client and cuts off every token it has. Administrators. Reasons:
@@ -134,7 +144,8 @@ class ClientServiceAsyncStub(ClientServiceStub):
     """
     RotateClientSecret: _aio.UnaryUnaryMultiCallable[_clients_pb2.RotateClientSecretRequest, _clients_pb2.RotateClientSecretResponse]  # type: ignore[assignment]
     """Makes a new secret; the old one works until the overlap ends. Administrators. Reasons:
-    CLIENT_NOT_FOUND, CLIENT_STATE_CONFLICT, AUTH_METHOD_NOT_REGISTERED.
+    CLIENT_NOT_FOUND, CLIENT_STATE_CONFLICT (it is REJECTED or EXPIRED), AUTH_METHOD_NOT_REGISTERED,
+    ETAG_MISMATCH (another rotation was faster).
     """
     CreateApiKey: _aio.UnaryUnaryMultiCallable[_clients_pb2.CreateApiKeyRequest, _clients_pb2.CreateApiKeyResponse]  # type: ignore[assignment]
     """Makes an API key of the calling client. The client itself, or administrators. Reasons:
@@ -159,9 +170,10 @@ class ClientServiceAsyncStub(ClientServiceStub):
     bearer. Reasons: REGISTRATION_TOKEN_INVALID.
     """
     UpdateOwnClient: _aio.UnaryUnaryMultiCallable[_clients_pb2.UpdateOwnClientRequest, _clients_pb2.UpdateOwnClientResponse]  # type: ignore[assignment]
-    """Replaces the metadata of that client and puts it back to review where they ask for more
-    (RFC 7592 section 2.2). Its bearer. Reasons: REGISTRATION_TOKEN_INVALID,
-    INVALID_CLIENT_METADATA, INVALID_REDIRECT_URI.
+    """Replaces the metadata of that client (RFC 7592 section 2.2). Where they ask for more, or for
+    other keys or another identity, it goes back to review, and what was issued to it is cut off. Its
+    bearer. Reasons: REGISTRATION_TOKEN_INVALID, INVALID_CLIENT_METADATA, REGISTRATION_NOT_ALLOWED
+    (`validates`, or a name that is not in the caller's certificate), ALREADY_EXISTS, ETAG_MISMATCH.
     """
     DeleteOwnClient: _aio.UnaryUnaryMultiCallable[_clients_pb2.DeleteOwnClientRequest, _clients_pb2.DeleteOwnClientResponse]  # type: ignore[assignment]
     """Deletes that client (RFC 7592 section 2.3). Its bearer. Reasons: REGISTRATION_TOKEN_INVALID."""
@@ -193,8 +205,11 @@ class ClientServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _clients_pb2.UpdateClientRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_clients_pb2.UpdateClientResponse, _abc.Awaitable[_clients_pb2.UpdateClientResponse]]:
-        """Changes the fields named by the mask. Administrators. Reasons: CLIENT_NOT_FOUND, ETAG_MISMATCH,
-        INVALID_CLIENT_METADATA.
+        """Changes the fields named by the mask; what takes a scope, a grant, a method, a key or the
+        identity away cuts off what was issued before. Where a method newly needs a secret,
+        RotateClientSecret makes it. Administrators. Reasons: CLIENT_NOT_FOUND,
+        ETAG_MISMATCH, INVALID_CLIENT_METADATA, ALREADY_EXISTS (the certificate name is another's),
+        CLIENT_STATE_CONFLICT (only an approval has an end).
         """
 
     @_abc_1.abstractmethod
@@ -213,8 +228,9 @@ class ClientServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _clients_pb2.ApproveClientRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_clients_pb2.ApproveClientResponse, _abc.Awaitable[_clients_pb2.ApproveClientResponse]]:
-        """Lets a PENDING client in. Administrators. Reasons: CLIENT_NOT_FOUND, ETAG_MISMATCH,
-        CLIENT_STATE_CONFLICT (it is not PENDING), INVALID_CLIENT_METADATA (a scope is gone).
+        """Lets a PENDING client in, or an EXPIRED one again. Administrators. Reasons: CLIENT_NOT_FOUND,
+        ETAG_MISMATCH, CLIENT_STATE_CONFLICT (it is neither), INVALID_CLIENT_METADATA (a scope is gone),
+        ALREADY_EXISTS (its certificate name is another's by now).
         """
 
     @_abc_1.abstractmethod
@@ -223,8 +239,8 @@ class ClientServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _clients_pb2.RejectClientRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_clients_pb2.RejectClientResponse, _abc.Awaitable[_clients_pb2.RejectClientResponse]]:
-        """Turns a PENDING client away, for good. Administrators. Reasons: CLIENT_NOT_FOUND, ETAG_MISMATCH,
-        CLIENT_STATE_CONFLICT.
+        """Turns a PENDING or EXPIRED client away, for good; its certificate name is free then.
+        Administrators. Reasons: CLIENT_NOT_FOUND, ETAG_MISMATCH, CLIENT_STATE_CONFLICT.
         """
 
     @_abc_1.abstractmethod
@@ -254,7 +270,8 @@ class ClientServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_clients_pb2.RotateClientSecretResponse, _abc.Awaitable[_clients_pb2.RotateClientSecretResponse]]:
         """Makes a new secret; the old one works until the overlap ends. Administrators. Reasons:
-        CLIENT_NOT_FOUND, CLIENT_STATE_CONFLICT, AUTH_METHOD_NOT_REGISTERED.
+        CLIENT_NOT_FOUND, CLIENT_STATE_CONFLICT (it is REJECTED or EXPIRED), AUTH_METHOD_NOT_REGISTERED,
+        ETAG_MISMATCH (another rotation was faster).
         """
 
     @_abc_1.abstractmethod
@@ -327,9 +344,10 @@ class ClientServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _clients_pb2.UpdateOwnClientRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_clients_pb2.UpdateOwnClientResponse, _abc.Awaitable[_clients_pb2.UpdateOwnClientResponse]]:
-        """Replaces the metadata of that client and puts it back to review where they ask for more
-        (RFC 7592 section 2.2). Its bearer. Reasons: REGISTRATION_TOKEN_INVALID,
-        INVALID_CLIENT_METADATA, INVALID_REDIRECT_URI.
+        """Replaces the metadata of that client (RFC 7592 section 2.2). Where they ask for more, or for
+        other keys or another identity, it goes back to review, and what was issued to it is cut off. Its
+        bearer. Reasons: REGISTRATION_TOKEN_INVALID, INVALID_CLIENT_METADATA, REGISTRATION_NOT_ALLOWED
+        (`validates`, or a name that is not in the caller's certificate), ALREADY_EXISTS, ETAG_MISMATCH.
         """
 
     @_abc_1.abstractmethod

@@ -95,7 +95,7 @@ class RevokeSubjectResponse(_message.Message):
     """Revision of the cutoff: tokens that carry less are dead. 0 where nothing was written."""
     @_builtins.property
     def impact(self) -> Global___RevocationImpact:
-        """What died, or would die."""
+        """What died, or would die; unset where it could not be counted in time."""
 
     def __init__(
         self,
@@ -153,7 +153,7 @@ class RevokeClientResponse(_message.Message):
     """Revision of the cutoff: tokens that carry less are dead. 0 where nothing was written."""
     @_builtins.property
     def impact(self) -> Global___RevocationImpact:
-        """What died, or would die."""
+        """What died, or would die; unset where it could not be counted in time."""
 
     def __init__(
         self,
@@ -215,7 +215,7 @@ class RevokeSubjectClientResponse(_message.Message):
     """Revision of the cutoff: tokens that carry less are dead. 0 where nothing was written."""
     @_builtins.property
     def impact(self) -> Global___RevocationImpact:
-        """What died, or would die."""
+        """What died, or would die; unset where it could not be counted in time."""
 
     def __init__(
         self,
@@ -273,7 +273,7 @@ class RevokeSessionResponse(_message.Message):
     """Revision at and above which the session is dead everywhere; 0 where nothing was written."""
     @_builtins.property
     def impact(self) -> Global___RevocationImpact:
-        """What died, or would die."""
+        """What died, or would die; unset where it could not be counted in time."""
 
     def __init__(
         self,
@@ -331,7 +331,7 @@ class RevokeGrantResponse(_message.Message):
     """Revision at and above which the grant is dead everywhere; 0 where nothing was written."""
     @_builtins.property
     def impact(self) -> Global___RevocationImpact:
-        """What died, or would die."""
+        """What died, or would die; unset where it could not be counted in time."""
 
     def __init__(
         self,
@@ -385,7 +385,7 @@ class RevokeEverythingResponse(_message.Message):
     """Revision of the cutoff: tokens that carry less are dead. 0 where nothing was written."""
     @_builtins.property
     def impact(self) -> Global___RevocationImpact:
-        """What died, or would die."""
+        """What died, or would die; unset where it could not be counted in time."""
 
     def __init__(
         self,
