@@ -6,40 +6,59 @@ import gc
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import structlog
+from pydantic import SecretStr
 from sqlalchemy.engine import make_url
 
 from authsvc import pki
+from authsvc.api_keys import ApiKeys
 from authsvc.authenticate import Authenticate
+from authsvc.clients import Clients, InitialAccessTokens, OwnClient
 from authsvc.clock import Clock, SystemClock
-from authsvc.config import Settings, parse_seal_keys
+from authsvc.config import Settings, parse_keys
+from authsvc.errors import AuthError
 from authsvc.feed.append import Append
+from authsvc.feed.compact import Compact, sweep
 from authsvc.feed.follow import Follow
 from authsvc.feed.watch import WatchChanges
+from authsvc.housekeeping import Housekeeping
 from authsvc.http.probes import HttpServer, probes
+from authsvc.identify import Identify
 from authsvc.issue import IssueToken
+from authsvc.keys.refresh import RefreshKeys
 from authsvc.keys.ring import KeyRing
-from authsvc.keys.secrets import Sealer, new_seal_key
-from authsvc.register import RegisterClient
+from authsvc.keys.secrets import Sealer, jitter, new_seal_key
+from authsvc.mint import GrantLife, Mint, OpenGrant
+from authsvc.model import NOBODY, AuthMethod, Client, GrantType
+from authsvc.oauth.registration import RegistrationPolicy, as_of
+from authsvc.refresh import RefreshToken
+from authsvc.register import CheckMetadata, RegisterClient
 from authsvc.resources import Resources
 from authsvc.review import ReviewClient
+from authsvc.revocations import Revocations
 from authsvc.revoke import RevokeToken
 from authsvc.rpc.auth import AuthServicer
 from authsvc.rpc.clients import ClientServicer
+from authsvc.rpc.keys import KeyServicer
 from authsvc.rpc.paging import Pages
-from authsvc.rpc.peer import Peers, spki_sha256
+from authsvc.rpc.peer import Peers
 from authsvc.rpc.pipeline import Pipeline
 from authsvc.rpc.policy import Policy
+from authsvc.rpc.registered import ClientEncoder
 from authsvc.rpc.resources import ResourceServicer
-from authsvc.rpc.server import RpcServer
+from authsvc.rpc.revocations import RevocationServicer
+from authsvc.rpc.server import Listener, RpcServer
+from authsvc.rpc.sessions import SessionServicer
 from authsvc.rpc.tls import ServerTls
+from authsvc.sessions import Sessions
 from authsvc.store import sql_store
 from authsvc.store.cached import CachedCatalog, CachedClients
 from authsvc.store.migrate import Schema, standing, upgrade
-from authsvc.store.port import Store
+from authsvc.store.port import SWEPT, Store
 from authsvc.store.sql import Database
 from authsvc.tasks import Tasks
 from authsvc.telemetry import Metrics
@@ -51,6 +70,8 @@ from authsvc_client.core.state import State
 RENEW_BEFORE_S = 30 * 24 * 3600
 """An own certificate that ends sooner is replaced, at start and while it runs."""
 RENEW_EVERY_S = 24 * 3600.0
+ROTATE_EVERY_S = 20.0
+DAY_S = 24 * 3600.0
 
 log = structlog.get_logger()
 
@@ -64,7 +85,8 @@ class Prepared:
     """What a server needs beside its settings, found or made in the state directory."""
 
     sealer: Sealer
-    database_url: str
+    refresh_keys: RefreshKeys
+    database_url: str = field(repr=False)
     database_id: str
     embedded: bool
     """The database is the one in the state directory."""
@@ -81,16 +103,13 @@ def prepare(settings: Settings, clock: Clock) -> Prepared:
     try:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         files, admins, directory = _certificates(settings, clock)
-        if settings.seal_keys is not None:
-            keys = parse_seal_keys(settings.seal_keys.get_secret_value())
-        else:
-            keys = parse_seal_keys(kept(state_dir / "seal.key", new_seal_key().hex()))
         return Prepared(
-            Sealer(keys),
+            Sealer(_keys(settings.seal_keys, state_dir / "seal.key")),
+            RefreshKeys(_keys(settings.refresh_keys, state_dir / "refresh.key")),
             database_url(settings),
             database_id(settings),
             settings.database.url is None,
-            ServerTls(*files),
+            ServerTls(*files, settings.tls.bundles),
             admins,
             directory,
         )
@@ -98,6 +117,25 @@ def prepare(settings: Settings, clock: Clock) -> Prepared:
         raise StartError(f"{error.filename}: {error.strerror}") from error
     except ValueError as error:
         raise StartError(str(error)) from error
+
+
+def _keys(setting: SecretStr | None, file: Path) -> tuple[bytes, ...]:
+    """Keys of the settings, or one of this state directory."""
+    if setting is not None:
+        return parse_keys(setting.get_secret_value())
+    return parse_keys(kept(file, new_seal_key().hex()))
+
+
+def _registration_policy(settings: Settings) -> RegistrationPolicy:
+    given = settings.registration
+    return RegistrationPolicy(
+        scopes=frozenset(given.scopes),
+        grant_types=frozenset(GrantType[name.upper()] for name in given.grant_types),
+        auth_methods=frozenset(AuthMethod[name.upper()] for name in given.auth_methods),
+        approve=given.approve,
+        pending_s=given.pending_days * DAY_S,
+        pending_per_registrant=given.pending_per_registrant,
+    )
 
 
 def address(host: str, port: int) -> str:
@@ -166,7 +204,15 @@ class App:
         self.metrics = Metrics()
         self.state = state = State(settings.staleness_max_s)
         tls, sealer, issuer = prepared.tls, prepared.sealer, settings.issuer
-        self._ring = ring = KeyRing(store.keys, sealer, state)
+        self._ring = ring = KeyRing(
+            store.keys,
+            sealer,
+            state,
+            algorithm=settings.keys.algorithm,
+            rotate_s=settings.keys.rotate_days * 86400,
+            max_age_s=settings.keys.max_age_s,
+            publish_ahead_s=settings.keys.publish_ahead_h * 3600,
+        )
         clients, self._catalog = CachedClients(store.clients), CachedCatalog(store.resources)
         catalog = self._catalog
         self.follow = follow = Follow(
@@ -177,49 +223,132 @@ class App:
             synchronous=settings.database.synchronous,
         )
         judge = Judge(issuer, state)
-        authenticate = Authenticate(clients)
+        identify = Identify(
+            issuer, judge, store.tokens, store.api_keys, clients.get, catalog, clock
+        )
+        authenticate = Authenticate(
+            issuer,
+            clients,
+            store.clients.secret_used,
+            store.assertions,
+            identify.api_key,
+            state,
+            clock,
+        )
+        mint = Mint(issuer, ring, store.tokens, state, clock)
+        life = GrantLife(settings.grants.lifetime_days * DAY_S, settings.grants.idle_days * DAY_S)
+        refresh_keys = prepared.refresh_keys
         self._resources = resources = Resources(
             store.resources,
             follow.reach,
             issuer=issuer,
             staleness_max_s=settings.staleness_max_s,
         )
-        policy = Policy(issuer, prepared.admins, self._admin_ca, clients, catalog, judge, clock)
-        pages = Pages(sealer)
+        policy = Policy(
+            issuer, prepared.admins, self._admin_ca, clients, catalog, identify, state, clock
+        )
+        pages, append = Pages(sealer), Append(store.feed)
+
+        def now() -> float:
+            return state.now(clock.boot())
+
+        registration = _registration_policy(settings)
+        check = CheckMetadata(store.clients, catalog, tls.pins)
+
+        def as_of_now(client: Client) -> Client:
+            return as_of(client, now(), registration.pending_s)
+
+        registered = Clients(store.clients, check, follow.reach, as_of_now, now)
+        client_pb = ClientEncoder(registration, as_of_now)
         servicers = {
             "AuthService": AuthServicer(
-                issue=IssueToken(issuer, authenticate, catalog, ring, state, clock),
-                validate=ValidateToken(judge, follow, clock),
-                revoke=RevokeToken(judge, Append(store.feed), follow.reach, clock),
-                register=RegisterClient(store.clients, catalog, self._client_cas),
+                issue=IssueToken(
+                    issuer,
+                    authenticate,
+                    catalog,
+                    identify.alive,
+                    mint,
+                    OpenGrant(store.grants, refresh_keys, life),
+                ),
+                refresh=RefreshToken(
+                    issuer,
+                    authenticate,
+                    store.grants,
+                    refresh_keys,
+                    life,
+                    catalog,
+                    follow.reach,
+                    mint,
+                ),
+                validate=ValidateToken(identify, follow, state),
+                revoke=RevokeToken(
+                    identify.alive, refresh_keys, store.grants, append, follow.reach
+                ),
+                register=RegisterClient(
+                    store.clients,
+                    store.initial_access_tokens,
+                    check,
+                    registration,
+                    lambda: state.revision,
+                ),
                 watch=WatchChanges(store.feed, follow, state, clock),
                 authenticate=authenticate,
                 state=state,
                 metrics=self.metrics,
+                client_pb=client_pb,
+                keys_max_age_s=settings.keys.max_age_s,
             ),
             "ClientService": ClientServicer(
-                store.clients, ReviewClient(store.clients, catalog, follow.reach), pages
+                store.clients,
+                ReviewClient(store.clients, catalog, follow.reach, registration.pending_s),
+                registered,
+                OwnClient(store.clients, check, registered, follow.reach, as_of_now),
+                InitialAccessTokens(store.initial_access_tokens, lambda: state.revision, now),
+                ApiKeys(store.api_keys, store.clients, state, follow.reach, clock),
+                pages,
+                client_pb,
+                registration.pending_s,
             ),
             "ResourceService": ResourceServicer(resources, pages),
+            "KeyService": KeyServicer(ring, follow.reach, pages),
+            "RevocationService": RevocationServicer(
+                Revocations(store.revocations, store.clients.get, append, follow.reach)
+            ),
+            "SessionService": SessionServicer(Sessions(store.grants, append, follow.reach), pages),
         }
-        pipeline = Pipeline(Peers(lambda: tls.authorities), policy, self.metrics, clock)
-        self._rpc = RpcServer(pipeline, servicers, state, clock, reflect=settings.reflection)
+        self.housekeeping = Housekeeping(
+            {
+                "expire-clients": partial(store.clients.expire, registration.pending_s),
+                "compact": Compact(store.sweeps),
+                **{f"sweep-{table}": partial(sweep, store.sweeps, table) for table in SWEPT},
+            },
+            settings.housekeeping.interval_s,
+        )
+        listen = settings.listen
+        main = Pipeline(Peers(lambda: tls.trust), policy, self.metrics, clock)
+        listeners = [Listener(address(listen.host, listen.port), tls.credentials(), main)]
+        if listen.tls_only:
+            anonymous = Pipeline(lambda _context, _now: NOBODY, policy, self.metrics, clock)
+            credentials = tls.credentials(client_certificates=False)
+            where = address(listen.tls_host, listen.tls_port)
+            listeners.append(Listener(where, credentials, anonymous))
+        self._rpc = RpcServer(listeners, servicers, state, clock, reflect=settings.reflection)
         self._http: HttpServer | None = None
         self._stopping = False
-        self.port = self.health_port = self.metrics_port = 0
-
-    def _client_cas(self) -> frozenset[str]:
-        return frozenset(map(spki_sha256, self._prepared.tls.authorities))
+        self.port = self.tls_port = self.health_port = self.metrics_port = 0
+        """Where it listens; 0 where it does not."""
 
     def _admin_ca(self) -> str | None:
-        """The CA of the administrators: the one set, or the only one; none is guessed."""
+        """The client CA of the administrators: the one set, or the only one; none is guessed."""
         if self._settings.admin_ca:
             return self._settings.admin_ca
-        cas = self._client_cas()
+        cas = self._prepared.tls.pins("")
         return next(iter(cas)) if len(cas) == 1 else None
 
     async def _reload(self, markers: tuple[Marker, ...]) -> None:
         """Keys and bounds of staleness follow their rows before the revision advances."""
+        # What kills does so at once, even where a new key turns out to be unusable.
+        self.state.apply(markers, self.state.revision)
         kinds = {marker.kind for marker in markers}
         if MarkerKind.KEYS_CHANGED in kinds or not self.state.keys.by_kid:
             await self._ring.load()
@@ -241,7 +370,7 @@ class App:
         """Serves when it returns. Raises AuthError, or StartError where an address is taken."""
         now = self._clock.wall()
         try:
-            await self._ring.ensure(now)
+            await self._ring.ensure()
             await self._resources.ensure_own(now)
             await self.follow.poll()
         except ValueError as error:
@@ -254,11 +383,10 @@ class App:
                 listen.metrics_host,
                 listen.metrics_port,
             )
-            self.port, self.health_port = await self._rpc.start(
-                self._prepared.tls.credentials(),
-                address(listen.host, listen.port),
-                address(listen.health_host, listen.health_port),
+            ports, self.health_port = await self._rpc.start(
+                address(listen.health_host, listen.health_port)
             )
+            self.port, self.tls_port = (*ports, 0)[:2]
         except (OSError, RuntimeError) as error:
             await self.stop()
             if isinstance(error, OSError):
@@ -272,11 +400,22 @@ class App:
         self._gauges()
         self._tasks.start("feed-follow", self.follow.run)
         self._tasks.start("health", self._rpc.watch_health)
+        self._tasks.start("key-rotation", self._rotate_keys)
+        self._tasks.start("housekeeping", self.housekeeping.run)
         if self._prepared.pki is not None:
             self._tasks.start("own-certificates", self._renew_own_certificates)
         self._tasks.start(
             "tls-reload", lambda: self._prepared.tls.watch(self._settings.tls.reload_s)
         )
+
+    async def _rotate_keys(self) -> None:
+        """Every worker does it: whoever comes first, by the database's clock."""
+        while True:
+            await asyncio.sleep(ROTATE_EVERY_S + jitter(ROTATE_EVERY_S))
+            try:
+                await self._ring.rotate(self.state.now(self._clock.boot()))
+            except AuthError as error:
+                log.warning("keys.rotation_failed", reason=error.reason.name, cause=error.cause)
 
     async def _renew_own_certificates(self) -> None:
         """A process may outlive a certificate of its own PKI; the listener reloads them."""
@@ -309,7 +448,7 @@ async def open_app(settings: Settings, clock: Clock | None = None) -> App:
     """A server that can be started. Raises StartError, or AuthError where the store is away."""
     clock = clock or SystemClock()
     prepared = prepare(settings, clock)
-    database = open_database(prepared.database_url, prepared.database_id)
+    database = open_database(prepared.database_url, clock, prepared.database_id)
     try:
         found = await standing(database)
         if found is Schema.EMPTY and prepared.embedded:
@@ -326,10 +465,10 @@ async def open_app(settings: Settings, clock: Clock | None = None) -> App:
         raise
 
 
-def open_database(url: str, database_id: str) -> Database:
+def open_database(url: str, clock: Clock, database_id: str) -> Database:
     """The database of a URL. Raises StartError, without the URL's password."""
     try:
-        return Database(url, sqlite_id=database_id)
+        return Database(url, clock, sqlite_id=database_id)
     except Exception as error:
         shown = ""
         with contextlib.suppress(Exception):
@@ -344,7 +483,7 @@ async def migrate(settings: Settings, *, check: bool) -> tuple[str, Schema]:
     """
     url = database_url(settings)
     lineage = "" if check else database_id(settings)
-    database = open_database(url, lineage)
+    database = open_database(url, SystemClock(), lineage)
     try:
         shown = database.url.render_as_string(hide_password=True)
         if check and database.is_missing():

@@ -3,9 +3,17 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -15,7 +23,9 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from authsvc.oauth.spiffe import check_trust_domain, parse_workload
+from authsvc.model import AuthMethod, GrantType
+from authsvc.oauth.spiffe import check_trust_domain, parse, parse_workload
+from authsvc_client.core.markers import STALENESS_S_MAX
 
 _FILE_SUFFIX = "_FILE"
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -45,13 +55,19 @@ class Database(_Section):
 
 
 class Tls(_Section):
-    """Certificates of the listener; all three or none."""
+    """Certificates of the listeners; of the first three all or none."""
 
     certificate: Path | None = Field(
         None, description="PEM chain of the server; unset: made in the state directory"
     )
     key: Path | None = Field(None, description="PEM private key of it")
     client_ca: Path | None = Field(None, description="PEM CAs that client certificates come from")
+    bundles: dict[str, Path] = Field(
+        default_factory=dict,
+        max_length=64,
+        description="outside trust domain -> file with its SPIFFE bundle, or with PEM CAs; it alone"
+        " vouches for SPIFFE IDs there (JSON in the environment)",
+    )
     reload_s: float = Field(
         5.0, gt=0, description="how often the files are looked at for a change, seconds"
     )
@@ -63,12 +79,97 @@ class Tls(_Section):
             raise ValueError("certificate, key and client_ca belong together")
         return self
 
+    @field_validator("bundles")
+    @classmethod
+    def _bundles(cls, value: dict[str, Path]) -> dict[str, Path]:
+        for trust_domain in value:
+            check_trust_domain(trust_domain)
+        return value
+
+
+class Grants(_Section):
+    """How long grants live."""
+
+    lifetime_days: float = Field(30.0, gt=0, le=400, description="longest life of a grant, days")
+    idle_days: float = Field(
+        7.0, gt=0, le=400, description="longest time between two uses of its refresh token, days"
+    )
+
+
+class Keys(_Section):
+    """Signing keys and their rotation."""
+
+    algorithm: Literal["ES256", "RS256", "PS256", "EdDSA"] = Field(
+        "ES256", description="of the next signing key: ES256, RS256, PS256 or EdDSA"
+    )
+    rotate_days: float = Field(
+        30.0,
+        ge=0,
+        le=400,
+        description="how long a signing key signs, days; 0: until told otherwise",
+    )
+    publish_ahead_h: float = Field(
+        24.0, ge=1, le=720, description="how long before that the next key is published, hours"
+    )
+
+    max_age_s: int = Field(
+        300, ge=1, le=86400, description="how long callers may keep the key set, seconds"
+    )
+
+    @model_validator(mode="after")
+    def _in_time(self) -> "Keys":
+        if 0 < self.rotate_days * 24 < self.publish_ahead_h:
+            raise ValueError("publish_ahead_h is longer than rotate_days")
+        return self
+
+
+class Registration(_Section):
+    """What a registration may ask for without remark to its reviewer."""
+
+    scopes: tuple[str, ...] = Field(
+        (), description="scopes (lists: JSON in the environment); never `admin` and `register`"
+    )
+    grant_types: tuple[str, ...] = Field(("client_credentials",), description="grants")
+    auth_methods: tuple[str, ...] = Field(
+        ("tls_client_auth", "private_key_jwt"), description="client authentication methods"
+    )
+    approve: bool = Field(False, description="approve at once what asks for nothing else")
+    pending_days: float = Field(
+        14.0, gt=0, le=365, description="how long a registration waits for its review, days"
+    )
+    pending_per_registrant: int = Field(
+        16, ge=1, description="registrations of one registrant that may wait for review"
+    )
+
+    @field_validator("grant_types", "auth_methods")
+    @classmethod
+    def _known(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        members = GrantType if info.field_name == "grant_types" else AuthMethod
+        known = [name.lower() for name in members.__members__]
+        for name in value:
+            if name not in known:
+                raise ValueError(f"{name!r} is not one of {', '.join(known)}")
+        return value
+
+
+class Housekeeping(_Section):
+    """What a worker does beside its calls."""
+
+    interval_s: float = Field(
+        60.0, ge=1, le=3600, description="time between two runs of its chores, seconds"
+    )
+
 
 class Listen(_Section):
     """Addresses; port 0 lets the kernel choose."""
 
     host: str = Field("127.0.0.1", description="address of the gRPC port")
     port: Port = Field(7443, description="gRPC over mTLS")
+    tls_only: bool = Field(
+        False, description="listen for callers without a certificate as well, on a port of its own"
+    )
+    tls_host: str = Field("127.0.0.1", description="address of the port without certificates")
+    tls_port: Port = Field(7444, description="gRPC over TLS without client certificates")
     metrics_host: str = Field("127.0.0.1", description="address of the metrics port")
     metrics_port: Port = Field(7490, description="/metrics, /livez and /readyz over HTTP")
     health_host: str = Field("127.0.0.1", description="address of the health port")
@@ -100,6 +201,7 @@ class Settings(BaseSettings):
     )
     admin_ca: str = Field(
         "",
+        pattern="^([0-9a-f]{64})?$",
         description="CA that must have issued their certificates (hex SHA-256 of its"
         " SubjectPublicKeyInfo); unset: the listener's only client CA",
     )
@@ -108,8 +210,16 @@ class Settings(BaseSettings):
         description="keys that encrypt at rest, 64 hex digits each, comma-separated, the first"
         " encrypts; unset: made in the state directory",
     )
+    refresh_keys: SecretStr | None = Field(
+        None,
+        description="HMAC keys of refresh tokens, 64 hex digits each, comma-separated, the first"
+        " signs; unset: made in the state directory",
+    )
     staleness_max_s: float = Field(
-        120.0, ge=5, le=600, description="longest age of a confirmed state to judge by, seconds"
+        120.0,
+        ge=5,
+        le=STALENESS_S_MAX,
+        description="longest age of a confirmed state to judge by, seconds",
     )
     drain_s: float = Field(
         10.0, ge=0, description="time that calls under way have to end at SIGTERM, seconds"
@@ -120,6 +230,10 @@ class Settings(BaseSettings):
     )
     database: Database = Database()
     tls: Tls = Tls()
+    grants: Grants = Grants()
+    registration: Registration = Registration()
+    keys: Keys = Keys()
+    housekeeping: Housekeeping = Housekeeping()
     listen: Listen = Listen()
 
     @classmethod
@@ -155,6 +269,17 @@ class Settings(BaseSettings):
             parse_workload(spiffe_id)
         return value
 
+    @field_validator("tls")
+    @classmethod
+    def _tls(cls, value: Tls, info: ValidationInfo) -> Tls:
+        own = info.data.get("trust_domain")
+        if own in value.bundles:
+            raise ValueError(f"bundles: {own} is the own trust domain")
+        for spiffe_id in info.data.get("admins", ()):
+            if parse(spiffe_id).trust_domain in value.bundles:
+                raise ValueError(f"bundles: they make no administrators, as {spiffe_id} would be")
+        return value
+
     @field_validator("issuer")
     @classmethod
     def _issuer(cls, value: str) -> str:
@@ -163,15 +288,15 @@ class Settings(BaseSettings):
             raise ValueError("is an https URL without query and fragment")
         return value
 
-    @field_validator("seal_keys")
+    @field_validator("seal_keys", "refresh_keys")
     @classmethod
-    def _seal_keys(cls, value: SecretStr | None) -> SecretStr | None:
+    def _keys(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None:
-            parse_seal_keys(value.get_secret_value())
+            parse_keys(value.get_secret_value())
         return value
 
 
-def parse_seal_keys(text: str) -> tuple[bytes, ...]:
+def parse_keys(text: str) -> tuple[bytes, ...]:
     """Keys from their setting; ValueError, without their text, where one is malformed."""
     keys = []
     for part in text.strip().split(","):
@@ -186,7 +311,7 @@ def parse_seal_keys(text: str) -> tuple[bytes, ...]:
 
 
 CONFIG_VARIABLE = "AUTHSVC_CONFIG"
-SECRET_VARIABLES = ("AUTHSVC_SEAL_KEYS", "AUTHSVC_DATABASE__URL")
+SECRET_VARIABLES = ("AUTHSVC_SEAL_KEYS", "AUTHSVC_REFRESH_KEYS", "AUTHSVC_DATABASE__URL")
 
 
 def _with_files(variables: Mapping[str, str | None]) -> Mapping[str, str | None]:

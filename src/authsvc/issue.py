@@ -1,24 +1,19 @@
 """IssueToken: authenticate the client, prove the grant, narrow, mint. No database when warm."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from authsvc.authenticate import Authenticate, Credentials
-from authsvc.clock import Clock
 from authsvc.errors import AuthError, Reason, not_implemented
 from authsvc.grants import GRANTS
-from authsvc.keys.ring import KeyRing
-from authsvc.keys.secrets import new_id
-from authsvc.model import Catalog, GrantType, Peer
-from authsvc.oauth.claims import access_token_claims
-from authsvc.oauth.policy import require_grant, require_let_in
-from authsvc.oauth.resources import pick
+from authsvc.grants.proof import Exchange, Presented, Proof
+from authsvc.grants.token_exchange import ACCESS_TOKEN_TYPE, REFRESH_TOKEN_TYPE
+from authsvc.mint import Mint, Moment, OpenGrant, TokenAnswer
+from authsvc.model import Catalog, Client, GrantType, Peer
+from authsvc.oauth.policy import require_grant, require_let_in, validated_by
+from authsvc.oauth.resources import Target, pick
 from authsvc.oauth.scopes import narrow
-from authsvc_client.core.markers import SKEW_S
-from authsvc_client.core.state import State
-
-MINT_S_MAX = 10.0
-"""A token that took longer to make is abandoned: its `rev` and `iat` would be too old."""
+from authsvc_client.core.judge import Verified
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,81 +24,100 @@ class TokenRequest:
     credentials: Credentials
     scopes: tuple[str, ...] = ()
     resources: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class TokenAnswer:
-    """An access token and what is said of it; times in seconds since the epoch."""
-
-    access_token: str = field(repr=False)
-    jti: str
-    scopes: tuple[str, ...]
-    audiences: tuple[str, ...]
-    expires: int
-    lifetime_s: int
+    exchange: Exchange | None = None
 
 
 class IssueToken:
-    """Issues access tokens."""
+    """Issues tokens."""
 
     def __init__(
         self,
         issuer: str,
         authenticate: Authenticate,
         catalog: Callable[[], Awaitable[Catalog]],
-        ring: KeyRing,
-        state: State,
-        clock: Clock,
+        alive: Callable[[str], Awaitable[Verified | None]],
+        mint: Mint,
+        open_grant: OpenGrant,
     ) -> None:
+        """`alive` finds an access token of ours that is alive now, whoever presents it."""
         self._issuer = issuer
         self._authenticate = authenticate
         self._catalog = catalog
-        self._ring = ring
-        self._state = state
-        self._clock = clock
+        self._alive = alive
+        self._mint = mint
+        self._open_grant = open_grant
 
     async def __call__(self, request: TokenRequest, peer: Peer) -> TokenAnswer:
-        """Raises AuthError with the reasons of the contract, and StateStale.
-
-        `rev` is the applied revision before the first authority is read: whatever is cut off
-        while the token is made has a higher one, and the token is dead.
-        """
-        started = self._clock.boot()
-        state = self._state
-        state.require_fresh(started)
-        revision, now = state.revision, state.now(started)
-        if state.ahead(started) > SKEW_S:
-            # Tokens made now would begin in the future, and outlive their dead marks.
-            raise AuthError(Reason.STATE_STALE, "the database's clock went back", retry_after_s=1.0)
+        """Raises AuthError with the reasons of the contract, and StateStale."""
+        moment = self._mint.begin()
         grant = GRANTS.get(request.grant_type)
         if grant is None:
             raise not_implemented(f"grant {request.grant_type.name.lower()}")
-        client = await self._authenticate(request.credentials, peer, self._clock.wall())
-        require_let_in(client, now)
+        who = await self._authenticate(request.credentials, peer)
+        client = who.client
+        require_let_in(client, moment.now)
         require_grant(client, request.grant_type)
-        subject = await grant(client)
+        wants_refresh_token = _wants_refresh_token(request)
+        if wants_refresh_token:
+            require_grant(client, GrantType.REFRESH_TOKEN)
         catalog = await self._catalog()
-        scopes = narrow(request.scopes, client.metadata.scopes, catalog)
+        proof = await grant(
+            Presented(
+                client,
+                peer.thumbprint,
+                validated_by(client, catalog),
+                self._alive,
+                request.exchange,
+            )
+        )
+        most = who.scopes if proof.scopes is None else who.scopes & proof.scopes
+        scopes = narrow(request.scopes, most, catalog)
         target = pick(request.resources, scopes, bool(request.scopes), catalog, self._issuer)
-        jti = new_id()
-        claims = access_token_claims(
-            issuer=self._issuer,
-            client=client,
-            subject=subject,
-            target=target,
-            jti=jti,
-            now=int(now),
-            revision=revision,
-            thumbprint=peer.thumbprint if client.metadata.bound_access_tokens else "",
+        if wants_refresh_token:
+            return await self._granted(moment, client, proof, target, request.grant_type)
+        origin = proof.origin
+        if who.api_key is not None and not origin.root_jti:
+            origin = replace(origin, root_jti=who.api_key.api_key_id)  # it dies with the key
+        answer = await self._mint(
+            moment,
+            client,
+            peer,
+            origin,
+            target,
+            expires=proof.expires,
+            revision=who.api_key.rev if who.api_key is not None else None,
         )
-        token = self._ring.signer.sign(claims)
-        if self._clock.boot() - started > MINT_S_MAX:
-            raise AuthError(Reason.MINT_ABANDONED)
+        if request.exchange is None:
+            return answer
+        return replace(answer, issued_token_type=ACCESS_TOKEN_TYPE)
+
+    async def _granted(
+        self,
+        moment: Moment,
+        client: Client,
+        proof: Proof,
+        target: Target,
+        grant_type: GrantType,
+    ) -> TokenAnswer:
+        """A refresh token alone (RFC 8693 section 2.2.1), for what is not past its end."""
+        if proof.expires <= moment.now:
+            raise AuthError(Reason.INVALID_GRANT, cause="the subject token is past its end")
+        refresh_token, expires = await self._open_grant(
+            moment, client, proof.origin, target, grant_type
+        )
+        self._mint.end(moment)
         return TokenAnswer(
-            token,
-            jti,
-            tuple(sorted(target.scopes)),
-            target.audiences,
-            int(now) + target.lifetime_s,
-            target.lifetime_s,
+            access_token="",
+            jti="",
+            scopes=tuple(sorted(target.scopes)),
+            audiences=target.audiences,
+            expires=int(expires),
+            lifetime_s=int(expires - moment.now),
+            refresh_token=refresh_token,
+            issued_token_type=REFRESH_TOKEN_TYPE,
         )
+
+
+def _wants_refresh_token(request: TokenRequest) -> bool:
+    exchange = request.exchange
+    return exchange is not None and exchange.requested_token_type == REFRESH_TOKEN_TYPE

@@ -1,12 +1,16 @@
 """The review of clients: approve, reject, suspend, resume."""
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import structlog
 
 from authsvc.errors import AuthError, FieldViolation, Reason
 from authsvc.model import Caller, Catalog, Client, ClientState
 from authsvc.store.port import ClientStore, Transition
+
+_REVIEWED = frozenset({ClientState.PENDING, ClientState.EXPIRED})
+"""States that wait for a decision."""
 
 log = structlog.get_logger()
 
@@ -19,10 +23,13 @@ class ReviewClient:
         store: ClientStore,
         catalog: Callable[[], Awaitable[Catalog]],
         reach: Callable[[int], Awaitable[None]],
+        pending_s: float,
     ) -> None:
+        """After `pending_s` a PENDING client counts as EXPIRED."""
         self._store = store
         self._catalog = catalog
         self._reach = reach
+        self._pending_s = pending_s
 
     async def approve(
         self,
@@ -34,7 +41,7 @@ class ReviewClient:
         expire_time: float | None,
         now: float,
     ) -> tuple[Client, int]:
-        """Lets a PENDING client in; AuthError as ClientService.ApproveClient says."""
+        """Lets a PENDING client in, or an EXPIRED one again; AuthError as the contract says."""
         if expire_time is not None and expire_time <= now:
             text = "is in the past"
             raise AuthError(
@@ -53,7 +60,7 @@ class ReviewClient:
                 )
         step = Transition(
             client_id,
-            frozenset({ClientState.PENDING}),
+            _REVIEWED,
             ClientState.APPROVED,
             caller.name,
             comment,
@@ -65,10 +72,9 @@ class ReviewClient:
     async def reject(
         self, client_id: str, caller: Caller, *, comment: str, version: int | None
     ) -> tuple[Client, int]:
-        """Turns a PENDING client away."""
-        allowed = frozenset({ClientState.PENDING})
+        """Turns a PENDING or EXPIRED client away."""
         return await self._take(
-            Transition(client_id, allowed, ClientState.REJECTED, caller.name, comment, version)
+            Transition(client_id, _REVIEWED, ClientState.REJECTED, caller.name, comment, version)
         )
 
     async def suspend(
@@ -105,7 +111,7 @@ class ReviewClient:
         return await self._take(step)
 
     async def _take(self, step: Transition) -> tuple[Client, int]:
-        client, revision = await self._store.move(step)
+        client, revision = await self._store.move(replace(step, pending_s=self._pending_s))
         log.info(
             "client.reviewed",
             client=step.client_id,

@@ -4,15 +4,20 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from authsvc.grants.client_credentials import client_credentials
-from authsvc.model import Client, GrantType
+from authsvc.grants.proof import Presented, Proof
+from authsvc.grants.token_exchange import token_exchange
+from authsvc.model import GrantType
 
 
 class Grant(Protocol):
     """Proves an identity for an authenticated client; raises AuthError INVALID_GRANT."""
 
-    async def __call__(self, client: Client) -> str:
-        """The subject of the token."""
+    async def __call__(self, presented: Presented) -> Proof:
+        """Whom the token speaks for, and what bounds it."""
 
 
-GRANTS: Mapping[GrantType, Grant] = {GrantType.CLIENT_CREDENTIALS: client_credentials}
-"""What this version can do; the rest of GrantType is NOT_IMPLEMENTED."""
+GRANTS: Mapping[GrantType, Grant] = {
+    GrantType.CLIENT_CREDENTIALS: client_credentials,
+    GrantType.TOKEN_EXCHANGE: token_exchange,
+}
+"""What IssueToken can do in this version; the rest of GrantType is NOT_IMPLEMENTED."""

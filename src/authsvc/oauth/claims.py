@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from authsvc.model import Client
+from authsvc.model import Client, Origin
 from authsvc.oauth.resources import Target
 
 
@@ -10,19 +10,20 @@ def access_token_claims(
     *,
     issuer: str,
     client: Client,
-    subject: str,
+    origin: Origin,
     target: Target,
     jti: str,
     now: int,
+    expires: int,
     revision: int,
     thumbprint: str,
 ) -> dict[str, Any]:
     """`thumbprint` (`x5t#S256`, RFC 8705 section 3.1) binds the token; empty leaves it unbound."""
     claims: dict[str, Any] = {
         "iss": issuer,
-        "sub": subject,
+        "sub": origin.subject,
         "aud": target.audiences[0] if len(target.audiences) == 1 else list(target.audiences),
-        "exp": now + target.lifetime_s,
+        "exp": expires,
         "iat": now,
         "jti": jti,
         "client_id": client.client_id,
@@ -32,4 +33,28 @@ def access_token_claims(
         claims["scope"] = " ".join(sorted(target.scopes))
     if thumbprint:
         claims["cnf"] = {"x5t#S256": thumbprint}
-    return claims
+    if client.metadata.may_act:
+        claims["may_act"] = {"sub": client.metadata.may_act}
+    return claims | _origin_claims(origin)
+
+
+def _origin_claims(origin: Origin) -> dict[str, Any]:
+    claims: dict[str, Any] = {
+        "gid": origin.grant_id,
+        "sid": origin.session_id,
+        "rti": origin.root_jti,
+        "kids": list(origin.key_ids),
+        "acr": origin.acr,
+        "amr": list(origin.amr),
+        "act": _act(origin.actors),
+    }
+    found = {name: value for name, value in claims.items() if value}
+    return found if origin.auth_time is None else found | {"auth_time": origin.auth_time}
+
+
+def _act(actors: tuple[str, ...]) -> dict[str, Any]:
+    """The chain as it is nested, outermost first (RFC 8693 section 4.1)."""
+    act: dict[str, Any] = {}
+    for subject in reversed(actors):
+        act = {"sub": subject, "act": act} if act else {"sub": subject}
+    return act

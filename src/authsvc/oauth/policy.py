@@ -1,7 +1,7 @@
 """What a client may do, by its state and registration."""
 
 from authsvc.errors import AuthError, Reason
-from authsvc.model import Client, ClientState, GrantType
+from authsvc.model import Catalog, Client, ClientState, GrantType
 
 _STATES = {
     ClientState.PENDING: Reason.CLIENT_PENDING,
@@ -24,3 +24,8 @@ def require_grant(client: Client, grant: GrantType) -> None:
     """Raises AuthError GRANT_TYPE_NOT_ALLOWED unless the client registered for the grant."""
     if grant not in client.metadata.grant_types:
         raise AuthError(Reason.GRANT_TYPE_NOT_ALLOWED, metadata={"grant_type": grant.name})
+
+
+def validated_by(client: Client, catalog: Catalog) -> frozenset[str]:
+    """Whose tokens a client may validate: those named to it, and of the resources that it owns."""
+    return client.metadata.validates | catalog.owned_by(client.client_id)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from authsvc.errors import AuthError, Reason, not_implemented
+from authsvc.errors import AuthError, Reason
 from authsvc.model import Catalog, Resource, TokenFormat
 
 RESOURCE_CHARS_MAX = 512
@@ -26,6 +26,8 @@ class Target:
     audiences: tuple[str, ...]
     scopes: frozenset[str]
     lifetime_s: int
+    token_format: TokenFormat
+    encryption_jwk: str
 
 
 def pick(
@@ -38,7 +40,7 @@ def pick(
     """The audiences of a token: those asked for, or else the one owner of its scopes.
 
     `explicit` says that the scopes were asked for; then each must belong to one of the resources.
-    Raises AuthError INVALID_TARGET (RFC 8707 section 2), or NOT_IMPLEMENTED for a token format.
+    Raises AuthError INVALID_TARGET (RFC 8707 section 2).
     """
     owners = {catalog.owner_of_scope[scope] for scope in scopes}
     audiences = tuple(sorted(set(resources) or owners))
@@ -53,7 +55,13 @@ def pick(
     if explicit and kept != scopes:
         raise AuthError(Reason.INVALID_TARGET, "a scope belongs to another resource")
     found = [_known(audience, owners, catalog) for audience in audiences]
-    return Target(audiences, kept, min(resource.token_lifetime_s for resource in found))
+    first = found[0]
+    # The audience decides the form: it is who must read it, and only one can decrypt it.
+    forms = {resource.token_format for resource in found}
+    if len(forms) > 1 or (len(found) > 1 and TokenFormat.JWE in forms):
+        raise AuthError(Reason.INVALID_TARGET, "no one token can be read by all the resources")
+    lifetime_s = min(resource.token_lifetime_s for resource in found)
+    return Target(audiences, kept, lifetime_s, first.token_format, first.encryption_jwk)
 
 
 def _known(audience: str, owners: set[str], catalog: Catalog) -> Resource:
@@ -61,6 +69,4 @@ def _known(audience: str, owners: set[str], catalog: Catalog) -> Resource:
     resource = catalog.by_id.get(audience)
     if resource is None or audience not in owners:
         raise AuthError(Reason.INVALID_TARGET, metadata={"resource": audience})
-    if resource.token_format is not TokenFormat.JWT:
-        raise not_implemented(f"token_format {resource.token_format.name}")
     return resource

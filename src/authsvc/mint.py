@@ -1,0 +1,188 @@
+"""Making tokens: access tokens in the form that their resource can read, and grants."""
+
+import math
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import structlog
+
+from authsvc.clock import Clock
+from authsvc.errors import AuthError, Reason
+from authsvc.keys.jwe import Encrypter
+from authsvc.keys.refresh import RefreshKeys
+from authsvc.keys.ring import KeyRing
+from authsvc.keys.secrets import (
+    ACCESS_TOKEN_PREFIX,
+    digest,
+    new_handle,
+    new_id,
+    new_secret,
+)
+from authsvc.model import Client, Grant, GrantType, Origin, Peer, TokenFormat
+from authsvc.oauth.claims import access_token_claims
+from authsvc.oauth.resources import Target
+from authsvc.store.port import GrantStore, StoredToken, TokenStore
+from authsvc_client.core.markers import SKEW_S
+from authsvc_client.core.state import State
+
+MINT_S_MAX = 10.0
+"""A token that took longer to make is abandoned: its `rev` and `iat` would be too old."""
+
+log = structlog.get_logger()
+
+_encrypter = lru_cache(maxsize=256)(Encrypter)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenAnswer:
+    """A token and what is said of it; times in seconds since the epoch."""
+
+    access_token: str = field(repr=False)
+    jti: str
+    scopes: tuple[str, ...]
+    audiences: tuple[str, ...]
+    expires: int
+    lifetime_s: int
+    refresh_token: str = field(default="", repr=False)
+    issued_token_type: str = ""
+    """At a token exchange (RFC 8693 section 2.2.1)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Before the first authority is read: `rev`, `iat` and `exp` count from here.
+
+    Whatever is cut off while the token is made has a higher revision, and the token is dead.
+    """
+
+    started: float
+    """Boot-time clock."""
+    now: float
+    """The database's time, in seconds since the epoch."""
+    revision: int
+
+
+class Mint:
+    """Makes access tokens."""
+
+    def __init__(
+        self, issuer: str, ring: KeyRing, tokens: TokenStore, state: State, clock: Clock
+    ) -> None:
+        self._issuer = issuer
+        self._ring = ring
+        self._tokens = tokens
+        self._state = state
+        self._clock = clock
+
+    def begin(self) -> Moment:
+        """The moment that a token is judged to be of. Raises StateStale, AuthError STATE_STALE."""
+        started, state = self._clock.boot(), self._state
+        state.require_fresh(started)
+        if state.ahead(started) > SKEW_S:
+            # Tokens made now would begin in the future, and outlive their dead marks.
+            raise AuthError(Reason.STATE_STALE, "the database's clock went back", retry_after_s=1.0)
+        return Moment(started, state.now(started), state.revision)
+
+    def end(self, moment: Moment) -> None:
+        """Raises AuthError MINT_ABANDONED where it took too long."""
+        if self._clock.boot() - moment.started > MINT_S_MAX:
+            raise AuthError(Reason.MINT_ABANDONED)
+
+    async def __call__(
+        self,
+        moment: Moment,
+        client: Client,
+        peer: Peer,
+        origin: Origin,
+        target: Target,
+        *,
+        expires: float = math.inf,
+        revision: int | None = None,
+    ) -> TokenAnswer:
+        """A token that ends at `expires` at the latest; `revision` of a stored authority is lower.
+
+        Raises AuthError PEER_CERTIFICATE_MISSING, INVALID_GRANT where nothing is left of its life,
+        MINT_ABANDONED, and as TokenStore.
+        """
+        bound = client.metadata.bound_access_tokens
+        if bound and not peer.thumbprint:
+            raise AuthError(Reason.PEER_CERTIFICATE_MISSING, "the client's tokens are bound to one")
+        now = int(moment.now)
+        end = int(min(now + target.lifetime_s, expires, client.approval_expire_time or math.inf))
+        if end <= now:
+            raise AuthError(Reason.INVALID_GRANT, cause="nothing is left of its life")
+        jti = new_id()
+        claims = access_token_claims(
+            issuer=self._issuer,
+            client=client,
+            origin=origin,
+            target=target,
+            jti=jti,
+            now=now,
+            expires=end,
+            revision=moment.revision if revision is None else min(revision, moment.revision),
+            thumbprint=peer.thumbprint if bound else "",
+        )
+        if target.token_format is TokenFormat.OPAQUE:
+            token, kid = new_secret(ACCESS_TOKEN_PREFIX), ""
+        else:
+            signer = self._ring.signer
+            token, kid = signer.sign(claims), signer.kid
+        if target.token_format is TokenFormat.JWE:
+            token = _encrypter(target.encryption_jwk).encrypt(token)
+        if target.token_format is not TokenFormat.JWT:
+            await self._tokens.add(StoredToken(digest(token), kid, claims, float(end)))
+        self.end(moment)
+        return TokenAnswer(
+            token,
+            jti,
+            tuple(sorted(target.scopes)),
+            target.audiences,
+            end,
+            end - now,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GrantLife:
+    """How long grants live, in seconds."""
+
+    most_s: float
+    idle_s: float
+    """Without a use of the refresh token."""
+
+
+class OpenGrant:
+    """Opens grants."""
+
+    def __init__(self, store: GrantStore, keys: RefreshKeys, life: GrantLife) -> None:
+        self._store = store
+        self._keys = keys
+        self._life = life
+
+    async def __call__(
+        self, moment: Moment, client: Client, origin: Origin, target: Target, grant_type: GrantType
+    ) -> tuple[str, float]:
+        """The first refresh token of a confidential client's grant, and the end of the grant.
+
+        Raises AuthError INVALID_GRANT where what it comes from died meanwhile.
+        """
+        grant = Grant(
+            grant_id=new_id(),
+            client_id=client.client_id,
+            origin=origin,
+            grant_type=grant_type,
+            scopes=target.scopes,
+            audiences=target.audiences,
+            sender=client.client_id,
+            rev=moment.revision,
+            handle=new_handle(),
+            key_id=self._keys.current,
+            create_time=moment.now,
+            idle_expire_time=moment.now + self._life.idle_s,
+            expire_time=moment.now + self._life.most_s,
+        )
+        if not await self._store.add(grant):
+            raise AuthError(Reason.INVALID_GRANT, cause="what it was exchanged from is dead")
+        log.info("grant.opened", grant=grant.grant_id, client=client.client_id)
+        return self._keys.mint(grant.handle, grant.generation, grant.key_id), grant.expire_time
