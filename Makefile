@@ -22,7 +22,7 @@ unexport VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup stubs stubs-check fmt lint test demo bench run check clean
+.PHONY: help setup stubs stubs-check docs fmt lint test demo bench run check clean
 
 help: ## Show this table
 	@printf 'Usage: make TARGET [PYTHON=python3.12] [ARGS="-k refresh"]\n\n'
@@ -38,6 +38,10 @@ stubs: $(UV_STAMP) ## Regenerate the committed Python stubs from the protos
 stubs-check: $(UV_STAMP) ## Fail if a committed stub differs from its proto
 	@printf '==> stubs-check: are the committed stubs those of the protos?\n'
 	@$(PYTHON) tools/stubs.py --check
+
+docs: setup ## Bring the tables of docs/credentials.md up to date, by asking a server
+	@printf '==> docs: docs/credentials.md\n'
+	@$(RUN) python -m tests.credentials --write
 
 fmt: setup ## Format the Python code and fix what ruff can fix
 	@printf '==> fmt: ruff\n'

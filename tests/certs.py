@@ -1,10 +1,11 @@
 """Certificates for tests: good ones from authsvc.pki, odd ones built by hand."""
 
-from base64 import encodebytes
+import json
+from base64 import b64encode, encodebytes, urlsafe_b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -142,6 +143,25 @@ def leaf(
     if extra is not None:
         builder = builder.add_extension(extra, critical=True)
     return _sign(builder, key, issuer)
+
+
+def jwk(ca: Issued, **changes: Any) -> dict[str, Any]:
+    """The entry of a CA in a SPIFFE bundle (X509-SVID section 6.1)."""
+    assert isinstance(ca.key, ec.EllipticCurvePrivateKey)
+    numbers = ca.key.public_key().public_numbers()
+    x, y = (
+        urlsafe_b64encode(value.to_bytes(32, "big")).rstrip(b"=").decode()
+        for value in (numbers.x, numbers.y)
+    )
+    certificate = b64encode(ca.certificate.public_bytes(serialization.Encoding.DER)).decode()
+    entry = {"use": "x509-svid", "kty": "EC", "crv": "P-256", "x": x, "y": y, "x5c": [certificate]}
+    return entry | changes
+
+
+def bundle(*entries: Issued | dict[str, Any]) -> bytes:
+    """A SPIFFE bundle as a bundle endpoint answers it."""
+    keys = [jwk(entry) if isinstance(entry, Issued) else entry for entry in entries]
+    return json.dumps({"spiffe_sequence": 1, "spiffe_refresh_hint": 300, "keys": keys}).encode()
 
 
 def name(text: str) -> x509.Name:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import grpc
@@ -16,20 +17,20 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pydantic import SecretStr
 
-from authsvc.app import App, open_app, prepare
+from authsvc.app import App, prepare
 from authsvc.clock import Clock, SystemClock
 from authsvc.config import Database, Listen, Settings, Tls
 from authsvc.errors import RULES
 from authsvc.rpc.peer import x5t_s256
 from authsvc.store import sql as sql_module
 from authsvc.store import sql_store
-from authsvc.store.memory import memory_store
 from authsvc.store.migrate import upgrade
 from authsvc.store.port import Store
 from authsvc_client.core.reason import Reason
 from authsvc_client.v1 import auth_pb2, clients_pb2, resources_pb2
 from authsvc_client.v1.auth_pb2_grpc import AuthServiceStub
 from authsvc_client.v1.clients_pb2_grpc import ClientServiceStub
+from authsvc_client.v1.keys_pb2_grpc import KeyServiceStub
 from authsvc_client.v1.resources_pb2_grpc import ResourceServiceStub
 from tests import certs
 from tests.certs import DAY, HOUR, Issued
@@ -38,6 +39,7 @@ from tests.clocks import HandClock
 if TYPE_CHECKING:  # they are names of the type stubs alone
     from authsvc_client.v1.auth_pb2_grpc import AuthServiceAsyncStub
     from authsvc_client.v1.clients_pb2_grpc import ClientServiceAsyncStub
+    from authsvc_client.v1.keys_pb2_grpc import KeyServiceAsyncStub
     from authsvc_client.v1.resources_pb2_grpc import ResourceServiceAsyncStub
 
 ISSUER: Final = "https://issuer.test"
@@ -195,17 +197,11 @@ class Member:
 class Running:
     """A server that runs, and connections to it."""
 
-    def __init__(self, app: App, clock: Clock, store: Store | None) -> None:
+    def __init__(self, app: App, clock: Clock, store: Store) -> None:
         self.app = app
         self.clock = clock
-        self._store = store
+        self.store = store
         self._channels: dict[tuple[int, bytes], tuple[Issued | None, grpc.aio.Channel]] = {}
-
-    @property
-    def store(self) -> Store:
-        """The store, where the test made one."""
-        assert self._store is not None
-        return self._store
 
     def channel(self, who: Issued | None, chain: bytes = b"") -> grpc.aio.Channel:
         """The connection of an identity, with what it presents beside its certificate."""
@@ -223,10 +219,14 @@ class Running:
     def resources(self, who: Issued | None = ADMIN) -> "ResourceServiceAsyncStub":
         return ResourceServiceStub(self.channel(who))
 
+    def keys(self, who: Issued | None = ADMIN) -> "KeyServiceAsyncStub":
+        return KeyServiceStub(self.channel(who))
+
     async def advance(self, seconds: float) -> None:
         """Lets time pass, and the state be confirmed after it."""
         assert isinstance(self.clock, HandClock)
-        self.clock.advance(seconds)
+        async with self.app.follow._lock:  # a poll under way would read half of it
+            self.clock.advance(seconds)
         await self.app.follow.poll()
 
     async def resource(
@@ -365,7 +365,14 @@ def issue_request(
     )
 
 
-def settings_for(directory: Path, *, client_cas: Sequence[Issued] = (CA,), **more: Any) -> Settings:
+def settings_for(
+    directory: Path,
+    *,
+    client_cas: Sequence[Issued] = (CA,),
+    bundles: Mapping[str, Path] = MappingProxyType({}),
+    tls_only: bool = False,
+    **more: Any,
+) -> Settings:
     """Settings of a server whose state, certificates and all, is in a directory."""
     directory.mkdir(exist_ok=True, parents=True)
     files = {"server.pem": SERVER.pem, "server-key.pem": SERVER.key_pem}
@@ -377,11 +384,12 @@ def settings_for(directory: Path, *, client_cas: Sequence[Issued] = (CA,), **mor
     return Settings(
         state_dir=directory,
         issuer=ISSUER,
-        listen=Listen(port=0, metrics_port=0, health_port=0),
+        listen=Listen(port=0, metrics_port=0, health_port=0, tls_port=0, tls_only=tls_only),
         tls=Tls(
             certificate=directory / "server.pem",
             key=directory / "server-key.pem",
             client_ca=directory / "clients.pem",
+            bundles=dict(bundles),
             reload_s=0.05,
         ),
         **more,
@@ -390,7 +398,7 @@ def settings_for(directory: Path, *, client_cas: Sequence[Issued] = (CA,), **mor
 
 async def migrate(url: str) -> None:
     """Brings an empty database up to date."""
-    database = sql_module.Database(url)
+    database = sql_module.Database(url, SystemClock())
     await upgrade(database)
     await database.close()
 
@@ -398,44 +406,39 @@ async def migrate(url: str) -> None:
 _template: Path | None = None
 
 
-async def _migrated(directory: Path) -> None:
-    """Puts an empty, migrated SQLite database where the server looks for its own."""
+async def migrated(directory: Path) -> str:
+    """Puts an empty, migrated SQLite database where the server looks for its own: its URL."""
     global _template  # noqa: PLW0603 - made once for all tests
     if _template is None or not _template.exists():  # noqa: ASYNC240 - a moment
         file = directory / "template.db"
         await migrate(f"sqlite+aiosqlite:///{file}")
         _template = file
-    shutil.copyfile(_template, directory / "authsvc.db")
+    file = directory / "authsvc.db"
+    shutil.copyfile(_template, file)
+    return f"sqlite+aiosqlite:///{file}"
 
 
 async def start(
     directory: Path,
     *,
-    backend: str = "sqlite",
     url: str = "",
     clock: Clock | None = None,
     wrap: Callable[[Store], Store] = lambda store: store,
     **settings: Any,
 ) -> Running:
-    """Starts a server on `sqlite` (its own file), `memory`, or a migrated database at `url`."""
+    """Starts a server on a SQLite file of its own, or on a migrated database at `url`."""
     if url:
         settings["database"] = Database(url=SecretStr(url))
+    elif not (directory / "authsvc.db").exists():
+        await migrated(directory)
     made = settings_for(directory, **settings)
     clock = clock or SystemClock()
-    if backend == "sqlite" and not url:
-        if not (directory / "authsvc.db").exists():
-            await _migrated(directory)
-        app = await open_app(made, clock)
-        store = None
-    else:
-        store = wrap(_store(url, clock))
-        app = App(made, prepare(made, clock), store, clock)
+    prepared = prepare(made, clock)
+    database = sql_module.Database(prepared.database_url, clock, sqlite_id=prepared.database_id)
+    store = wrap(sql_store(database))
+    app = App(made, prepared, store, clock)
     await app.start()
     return Running(app, clock, store)
-
-
-def _store(url: str, clock: Clock) -> Store:
-    return sql_store(sql_module.Database(url)) if url else memory_store(clock)
 
 
 @asynccontextmanager

@@ -19,6 +19,8 @@ from typing import Any, Final
 
 import grpc
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from joserfc.jwk import ECKey
 
 from authsvc.cli import output, tokens
 from authsvc.cli.calls import Session
@@ -140,11 +142,11 @@ def orders(server: tuple[Shell, Running]) -> str:
     return _admit(shell, "orders", "bills.read")
 
 
-def _admit(shell: Shell, name: str, scope: str) -> str:
+def _admit(shell: Shell, name: str, scope: str, *more: str) -> str:
     shell("pki", "issue", name)
     uri = f"spiffe://authsvc.local/{name}"
     register = ("client", "register", "--name", name, "--san-uri", uri, "--scope", scope)
-    client_id = shell(*register, "--quiet").strip()
+    client_id = shell(*register, *more, "--quiet").strip()
     shell("client", "approve", client_id)
     return client_id
 
@@ -200,6 +202,7 @@ def test_texts_are_plain_and_ids_whole_where_there_is_no_terminal(
     assert line.split() == [
         *(orders, "orders", "approved"),
         *("spiffe://authsvc.local/orders", "bills.read"),
+        *("scope", "bills.read"),  # beyond the policy
     ]
     assert "\x1b" not in text
     assert not any(line.endswith(" ") for line in text.splitlines())
@@ -270,6 +273,44 @@ def test_json_holds_the_ids(shell: Shell, orders: str) -> None:
     assert int(dead["revision"]) > 0
 
 
+def test_resources_and_api_keys_are_made_changed_and_deleted(shell: Shell, orders: str) -> None:
+    jwk = shell.home / "resource.jwk"
+    public = ECKey.import_key(ec.generate_private_key(ec.SECP256R1())).as_dict(private=False)
+    jwk.write_text(json.dumps(public))
+    name = "urn:cli"
+    made = shell.json("resource", "create", name, "--format", "opaque", "--scope", "cli.read=Reads")
+    assert made["resource"]["token_format"] == "TOKEN_FORMAT_OPAQUE"
+    assert "OPAQUE" in shell("resource", "show", name)
+    assert "nothing to change" in shell("resource", "update", name, code=Exit.USAGE)
+    given = ("--name", "Command line", "--clear", "name")
+    assert "given too" in shell("resource", "update", name, *given, code=Exit.USAGE)
+    missing = ("--encryption-jwk", str(shell.home / "nothing"))
+    assert "cannot be read" in shell("resource", "update", name, *missing, code=Exit.USAGE)
+    change = ("--format", "jwe", "--encryption-jwk", str(jwk), "--owner", orders, "--etag", "1")
+    changed = shell.json("resource", "update", name, *change)["resource"]
+    assert json.loads(changed["encryption_jwk"]) == public
+    assert (changed["owner_client_id"], changed["etag"]) == (orders, "2")
+    assert [scope["name"] for scope in changed["scopes"]] == ["cli.read"]
+    back = ("--clear", "owner", "--clear", "format", "--clear", "encryption-jwk")
+    bare = shell.json("resource", "update", name, *back, "--clear", "scopes")["resource"]
+    assert bare["token_format"] == "TOKEN_FORMAT_JWT"
+    assert not bare.get("owner_client_id")
+    shell("resource", "delete", name, "--etag", "2", code=Exit.CONFLICT)
+    assert "dead" in _notes(shell, "resource", "delete", name)
+    shell("resource", "show", name, code=Exit.NOT_FOUND)
+
+    batch = _admit(shell, "batch", "bills.read", "--auth-method", "api_key")
+    asked = ("api-key", "create", "--client-id", batch, "--scope", "bills.read")
+    key_id, value = shell(*asked, "--expires-in", "12h", "-q").split()
+    listed = shell("api-key", "list", "--client-id", batch)
+    assert key_id in listed
+    assert value not in listed
+    assert shell.json("token", "validate", "-", stdin=value)["active"]
+    shell("api-key", "delete", key_id)
+    shell("token", "validate", "-", stdin=value, code=Exit.NOT_ACTIVE)
+    shell("api-key", "delete", key_id, code=Exit.NOT_FOUND)
+
+
 def test_review_goes_through_its_states(shell: Shell) -> None:
     register = ("client", "register", "--name", "reviewed")
     asked = shell.json(*register, "--san-uri", "spiffe://authsvc.local/reviewed")
@@ -286,6 +327,73 @@ def test_review_goes_through_its_states(shell: Shell) -> None:
     failure = shell.json("client", "reject", client_id, code=Exit.CONFLICT)
     assert failure["reason"] == "CLIENT_STATE_CONFLICT"
     assert client_id in shell("client", "list", "--state", "approved")
+
+
+def test_clients_are_changed_rotated_and_deleted(shell: Shell, orders: str) -> None:
+    register = ("client", "register", "--name", "cli", "--scope", "bills.read")
+    made = shell.json(*register, "--contact", "a@b.test", "--may-act", orders)
+    client_id = made["client"]["client_id"]
+    assert made["client"]["policy_diff"]
+    for list_or_step in (("client", "list"), ("client", "approve", client_id)):
+        assert "authentication client_secret_post" in shell(*list_or_step)
+    update = ("client", "update", client_id)
+    assert "nothing to change" in shell(*update, code=Exit.USAGE)
+    given = ("--client-uri", "https://x.test", "--contact", "", "--expires-in", "1h", "--etag", "2")
+    changed = shell.json(*update, *given)["client"]
+    metadata = changed["metadata"]
+    assert (metadata["client_uri"], metadata["contacts"]) == ("https://x.test", [])
+    assert (metadata["client_name"], metadata["may_act"]) == ("cli", orders)
+    assert changed["approval_expire_time"]
+    shell(*update, "--name", "x", "--etag", "2", code=Exit.CONFLICT)
+    never = shell.json(*update, "--expires-in", "never")["client"]
+    assert not never.get("approval_expire_time")
+    jwks = shell.home / "client.jwks"
+    key = ECKey.generate_key("P-256", {"kid": "k", "alg": "ES256", "use": "sig"})
+    jwks.write_text(json.dumps({"keys": [key.as_dict(private=False)]}))
+    methods = ("--auth-method", "private_key_jwt", "--auth-method", "client_secret_basic")
+    shell(*update, "--jwks", str(jwks), *methods)
+    shown = shell("client", "show", client_id)
+    assert "private_key_jwt" in shown
+    assert "no such file" in shell(*update, "--jwks", str(jwks) + "x", code=Exit.NOT_FOUND)
+    secret = shell("client", "rotate-secret", client_id, "--overlap", "1h", "--quiet").strip()
+    assert secret.startswith("asvc_cs_")
+    assert secret not in shell("client", "show", client_id)
+    shell("client", "rotate-secret", client_id, "--overlap", "31d", code=Exit.USAGE)
+    assert "dead" in _notes(shell, "client", "delete", client_id)
+    shell("client", "show", client_id, code=Exit.NOT_FOUND)
+
+
+def test_initial_access_tokens_and_clients_by_themselves(shell: Shell, orders: str) -> None:
+    create = ("registration-token", "create", "--expires-in", "1h", "--uses", "1", "--name", "ci")
+    token_id, value = shell(*create, "-q").split()
+    spare = shell(*create, "-q").split()[0]
+    listed = shell("registration-token", "list")
+    assert token_id in listed
+    assert value not in listed
+    shell("registration-token", "delete", spare)
+    shell("registration-token", "delete", spare, code=Exit.NOT_FOUND)
+    register = ("client", "register", "--as", "orders", "--name", "own")
+    bearing = (*register, "--initial-access-token", "-", "--request-id", "cli-own-1")
+    made = shell.json(*bearing, stdin=value)
+    again = shell.json(*bearing, stdin=value)  # the reply may have been lost
+    client_id = made["client"]["client_id"]
+    assert again["client"]["client_id"] == client_id
+    shell(*bearing, "--scope", "bills.read", stdin=value, code=Exit.CONFLICT)
+    shell(*bearing[:-2], stdin=value, code=Exit.REFUSED)
+    token = again["registration_access_token"]
+    file = shell.home / "own.token"
+    file.write_text(token + "\n")
+    assert client_id in shell("own-client", "show", stdin=token)
+    old = made["registration_access_token"]
+    assert "REGISTRATION_TOKEN_INVALID" in shell("own-client", "show", stdin=old, code=Exit.REFUSED)
+    update = ("own-client", "update", client_id, "--token", str(file))
+    assert "--name" in shell(*update, code=Exit.USAGE)
+    changed = shell.json(*update, "--name", "renamed", "--client-uri", "https://x.test")["client"]
+    assert changed["metadata"]["client_name"] == "renamed"
+    assert token not in " ".join(shell.argv) + " ".join(shell.printed[-4:])
+    assert "dead" in _notes(shell, "own-client", "delete", "--token", str(file))
+    shell("own-client", "show", "--token", str(file), code=Exit.REFUSED)
+    file.unlink()
 
 
 def _notes(shell: Shell, *arguments: str) -> str:
@@ -544,3 +652,58 @@ def test_database_that_is_away_is_unavailable(alone: Shell) -> None:
     text = alone("serve", *ANY_PORTS, env=env, code=Exit.UNAVAILABLE)
     assert "STORE_UNAVAILABLE" in text
     assert "hunter2" not in text
+
+
+# Signing keys
+
+
+def test_key_from_its_making_to_its_taint(shell: Shell) -> None:
+    [current] = shell.json("key", "list")["signing_keys"]
+    assert current["state"] == "SIGNING_KEY_STATE_CURRENT"
+    made = shell.json("key", "prepare", "--alg", "EdDSA")["signing_key"]
+    kid = made["kid"]
+    assert (made["alg"], made["state"]) == ("EdDSA", "SIGNING_KEY_STATE_NEXT")
+    assert "(SIGNING_KEY_STATE_CONFLICT)" in shell("key", "prepare", code=Exit.CONFLICT)
+    early = shell.json("key", "activate", kid, code=Exit.CONFLICT)
+    assert early["reason"] == "SIGNING_KEY_NOT_READY"
+    assert 0 < early["retry_after_seconds"] <= 360
+    assert "(SIGNING_KEY_NOT_FOUND)" in shell("key", "retire", "nobody", code=Exit.NOT_FOUND)
+    dry = shell.json("key", "taint", current["kid"], "--dry-run")
+    assert (dry["revision"], dry["current_signing_key"]["kid"]) == ("0", kid)
+    assert shell("key", "taint", kid, "--dry-run").split()[:4] == ["kid", kid, "state", "tainted"]
+    assert "tainted" not in shell("key", "list")
+    done = shell.json("key", "taint", kid, "--comment", "found in a log")
+    assert int(done["revision"]) > 0
+    assert done["current_signing_key"]["kid"] == current["kid"]
+    assert shell.json("key", "taint", kid)["revision"] == "0"
+    retired = shell.json("key", "prepare")["signing_key"]["kid"]
+    assert shell("key", "retire", retired).split()[:4] == ["kid", retired, "state", "retired"]
+    rows = [line.split() for line in shell("key", "list").splitlines()]
+    assert rows[0] == ["KID", "STATE", "ALG", "MADE", "SINCE"]
+    assert [row[:3] for row in rows[1:]] == [
+        [retired, "retired", "ES256"],
+        [kid, "tainted", "EdDSA"],
+        [current["kid"], "current", "ES256"],
+    ]
+
+
+def test_revoke_tells_what_would_die_and_then_does_it(shell: Shell, orders: str) -> None:
+    kinds = {
+        ("everything",): "CUTOFF_EVERYTHING",
+        ("client", orders): "CUTOFF_CLIENT",
+        ("subject", orders): "CUTOFF_SUBJECT",
+        ("subject-client", orders, orders): "CUTOFF_SUBJECT_CLIENT",
+        ("session", "lost"): "SESSION_DEAD",
+        ("grant", "lost"): "GRANT_DEAD",
+    }
+    for what, kind in kinds.items():
+        would = shell.json("revoke", *what, "--dry-run")
+        assert (would["revision"], would["impact"]["kind"]) == ("0", f"MARKER_KIND_{kind}")
+        done = shell.json("revoke", *what, "--comment", "stolen")
+        assert int(done["revision"]) > 0
+        assert done["impact"] == would["impact"]
+    assert shell.json("revoke", "grant", "lost")["revision"] == "0"
+    lines = [line.split() for line in shell("revoke", "client", orders).splitlines()]
+    assert [line[0] for line in lines] == ["sessions", "grants", "api", "revision"]
+    for name, reason in (("client", "CLIENT_NOT_FOUND"), ("subject", "SUBJECT_NOT_FOUND")):
+        assert f"({reason})" in shell("revoke", name, "nobody", code=Exit.NOT_FOUND)

@@ -22,6 +22,8 @@ def rows(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
         default = "" if field.default in (None, "", ()) or field.default_factory else field.default
         if name == "state_dir":
             default = "$XDG_STATE_HOME/authsvc"
+        if isinstance(default, tuple):
+            default = ", ".join(default)
         shown = f"`{default}`" if default != "" else ""
         yield f"| `{prefix}{name}` | `{variable}` | {shown} | {field.description or ''} |"
 

@@ -17,7 +17,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from authsvc import pki
 from authsvc.oauth import spiffe
-from authsvc.rpc.peer import Peers, certificate_validity
+from authsvc.rpc.peer import Peers, Trust, certificate_validity
 from tests import certs
 from tests.certs import DAY, NOW
 
@@ -225,7 +225,7 @@ def test_issue_client_names_no_host(authority: pki.Authority) -> None:
 
 
 def test_issue_is_accepted_by_a_listener_of_the_ca(authority: pki.Authority) -> None:
-    trusted = (authority.certificate,)
+    trusted = Trust((authority.certificate,))
     pair = pki.issue(authority, spiffe_id="spiffe://test.local/a", now=NOW)
     peer = Peers(lambda: trusted)(certs.context(pair[0]), NOW)
     assert peer.spiffe_id == "spiffe://test.local/a"

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -285,11 +285,9 @@ async def test_stop_says_not_serving_first_and_calls_under_way_end(tmp_path: Pat
     def wrap(store: Store) -> Store:
         held.append(Held(store.clients))
         clients: Any = held[0]
-        return Store(clients, store.resources, store.keys, store.feed)
+        return replace(store, clients=clients)
 
-    server = await start(
-        tmp_path, backend="memory", clock=hand_clock(), wrap=wrap, drain_s=TIMEOUT_S
-    )
+    server = await start(tmp_path, clock=hand_clock(), wrap=wrap, drain_s=TIMEOUT_S)
     watching = await server.member("watching", "watch")
     watch = server.auth(watching.who).WatchChanges(auth_pb2.WatchChangesRequest())
     await watch.read()
@@ -319,9 +317,9 @@ async def test_call_that_never_ends_does_not_hold_the_stop_up_for_ever(tmp_path:
     def wrap(store: Store) -> Store:
         held.append(Held(store.clients))
         clients: Any = held[0]
-        return Store(clients, store.resources, store.keys, store.feed)
+        return replace(store, clients=clients)
 
-    server = await start(tmp_path, backend="memory", clock=hand_clock(), wrap=wrap, drain_s=0.2)
+    server = await start(tmp_path, clock=hand_clock(), wrap=wrap, drain_s=0.2)
     call = asyncio.ensure_future(
         outcome(server.clients().ListClients(clients_pb2.ListClientsRequest()))
     )

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -9,6 +10,7 @@ import pytest_asyncio
 from tests.harness import Running, migrate, running
 from tests.servers import Postgres
 
+API = "https://api.test"
 SHARED = {"server", "callers"}
 """Fixtures that live as long as a module, and so does the event loop of the tests that use them."""
 
@@ -31,3 +33,17 @@ def migrated_url(postgres: Postgres) -> str:
     url = asyncio.run(postgres.database())
     asyncio.run(migrate(url))
     return url
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def url(request: pytest.FixtureRequest) -> str:
+    return str(request.getfixturevalue("migrated_url")) if request.param == "postgres" else ""
+
+
+@pytest.fixture
+async def at(url: str, tmp_path: Path) -> AsyncIterator[Running]:
+    """A server with a resource, on each kind of database."""
+    async with running(tmp_path, url=url) as server:
+        owner = await server.member("owner", "validate")
+        await server.resource(API, "read", "write", owner=owner.client_id)
+        yield server

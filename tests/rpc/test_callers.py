@@ -36,7 +36,7 @@ VALIDATE = auth_pb2.ValidateTokenRequest(token="x")
 async def test_certificate_that_expires_on_an_open_connection_is_refused_at_the_next_call(
     tmp_path: Path,
 ) -> None:
-    async with running(tmp_path, backend="memory", clock=hand_clock()) as server:
+    async with running(tmp_path, clock=hand_clock()) as server:
         await server.resource("https://a.test", "a")
         short = identity("short", span=(NOW - HOUR, NOW + HOUR))
         member = await server.member("short", "validate", "a", who=short)
@@ -57,7 +57,7 @@ async def test_certificate_that_expires_on_an_open_connection_is_refused_at_the_
 
 
 async def test_stream_ends_where_the_certificate_expires(tmp_path: Path) -> None:
-    async with running(tmp_path, backend="memory", clock=hand_clock()) as server:
+    async with running(tmp_path, clock=hand_clock()) as server:
         short = identity("short", span=(NOW - HOUR, NOW + HOUR))
         member = await server.member("short", "watch", who=short)
         lasting = await server.member("lasting", "watch")
@@ -160,7 +160,7 @@ def _registration(name: str, **more: Any) -> auth_pb2.RegisterClientRequest:
 async def test_administrators_of_the_settings_come_from_one_ca(
     tmp_path: Path, cas: tuple[Any, ...], admin_ca: str, admitted: list[bool]
 ) -> None:
-    async with running(tmp_path, backend="memory", client_cas=cas, admin_ca=admin_ca) as server:
+    async with running(tmp_path, client_cas=cas, admin_ca=admin_ca) as server:
         found = []
         for who in (identity("admin"), _other("admin")):
             for chain in (b"", CA.pem, SECOND_CA.pem):

@@ -16,17 +16,22 @@ from structlog.testing import capture_logs
 
 from authsvc.errors import AuthError, Reason
 from authsvc.feed.watch import Event
+from authsvc.identify import Identify
 from authsvc.rpc.auth import AuthServicer
 from authsvc.rpc.clients import ClientServicer
+from authsvc.rpc.keys import KeyServicer
 from authsvc.rpc.paging import Pages
 from authsvc.rpc.peer import Peers
 from authsvc.rpc.pipeline import Pipeline
 from authsvc.rpc.policy import Policy
 from authsvc.rpc.resources import ResourceServicer
-from authsvc.rpc.server import RpcServer
+from authsvc.rpc.revocations import RevocationServicer
+from authsvc.rpc.server import Listener, RpcServer
+from authsvc.rpc.sessions import SessionServicer
 from authsvc.rpc.tls import ServerTls
+from authsvc.store import sql_store
 from authsvc.store.cached import CachedCatalog, CachedClients
-from authsvc.store.memory import memory_store
+from authsvc.store.sql import Database
 from authsvc.telemetry import Metrics
 from authsvc_client.core.judge import Judge
 from authsvc_client.core.state import State
@@ -40,6 +45,7 @@ from tests.harness import (
     build,
     connect,
     hand_clock,
+    migrated,
     raw_unary,
     read_failure,
     settings_for,
@@ -85,7 +91,9 @@ class Broken:
 @asynccontextmanager
 async def broken(directory: Path, error: BaseException, **verbs: Any) -> AsyncIterator[Broken]:
     settings = settings_for(directory)
-    clock, store = hand_clock(), memory_store(hand_clock())
+    clock = hand_clock()
+    database = Database(await migrated(directory), clock)
+    store = sql_store(database)
     assert settings.tls.certificate is not None
     assert settings.tls.key is not None
     assert settings.tls.client_ca is not None
@@ -94,38 +102,41 @@ async def broken(directory: Path, error: BaseException, **verbs: Any) -> AsyncIt
     state.confirm(clock.boot(), clock.wall())
     metrics, fails = Metrics(), Fails(error)
     anything: Any = fails
-    policy = Policy(
-        ISSUER,
-        frozenset({spiffe("admin")}),
-        lambda: CA.pin,
-        CachedClients(store.clients),
-        CachedCatalog(store.resources),
-        Judge(ISSUER, state),
-        clock,
+    clients, catalog = CachedClients(store.clients), CachedCatalog(store.resources)
+    identify = Identify(
+        ISSUER, Judge(ISSUER, state), store.tokens, store.api_keys, clients.get, catalog, clock
     )
-    names = ("issue", "validate", "revoke", "register", "watch", "authenticate", "state")
+    admins = frozenset({spiffe("admin")})
+    policy = Policy(ISSUER, admins, lambda: CA.pin, clients, catalog, identify, state, clock)
+    names = AuthServicer.__init__.__annotations__.keys() - {"return", "metrics"}
     given: dict[str, Any] = dict.fromkeys(names, fails) | verbs
     pages = Pages(anything)
+    pipeline = Pipeline(Peers(lambda: tls.trust), policy, metrics, clock)
     server = RpcServer(
-        Pipeline(Peers(lambda: tls.authorities), policy, metrics, clock),
+        [Listener("127.0.0.1:0", tls.credentials(), pipeline)],
         {
             "AuthService": AuthServicer(metrics=metrics, **given),
-            "ClientService": ClientServicer(anything, anything, pages),
+            "ClientService": ClientServicer(*(anything,) * 6, pages, anything, 1.0),
             "ResourceService": ResourceServicer(anything, pages),
+            "KeyService": KeyServicer(anything, anything, pages),
+            "RevocationService": RevocationServicer(anything),
+            "SessionService": SessionServicer(anything, pages),
         },
         state,
         clock,
         reflect=False,
     )
-    port, _ = await server.start(tls.credentials(), "127.0.0.1:0", "127.0.0.1:0")
+    (port,), _ = await server.start("127.0.0.1:0")
     try:
         yield Broken(port, metrics)
     finally:
         await server.stop(0)
+        await database.close()
 
 
 REQUESTS: dict[str, dict[str, Any]] = {
     "IssueToken": {"client_credentials": {}, "client_id": "x"},
+    "RefreshToken": {"refresh_token": "x", "client_id": "x"},
     "ValidateToken": {"token": "x"},
     "RevokeToken": {"jti": "x"},
     "RegisterClient": {"metadata": {"client_name": "x"}},
@@ -137,9 +148,46 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "RejectClient": {"client_id": "x"},
     "SuspendClient": {"client_id": "x"},
     "ResumeClient": {"client_id": "x"},
+    "UpdateClient": {
+        "client": {"client_id": "x"},
+        "update_mask": {"paths": ["metadata.client_name"]},
+    },
+    "DeleteClient": {"client_id": "x"},
+    "RotateClientSecret": {"client_id": "x"},
+    "CreateInitialAccessToken": {"initial_access_token": {"expire_time": {"seconds": 2**31}}},
+    "ListInitialAccessTokens": {},
+    "DeleteInitialAccessToken": {"initial_access_token_id": "x"},
+    "GetOwnClient": {"registration_access_token": "x"},
+    "UpdateOwnClient": {
+        "registration_access_token": "x",
+        "client_id": "x",
+        "metadata": {"client_name": "x"},
+    },
+    "DeleteOwnClient": {"registration_access_token": "x"},
+    "CreateApiKey": {"api_key": {"client_id": "x"}},
+    "ListApiKeys": {},
+    "DeleteApiKey": {"api_key_id": "x"},
     "CreateResource": {"resource": {"resource_id": "urn:x"}},
     "GetResource": {"resource_id": "urn:x"},
     "ListResources": {},
+    "UpdateResource": {
+        "resource": {"resource_id": "urn:x"},
+        "update_mask": {"paths": ["display_name"]},
+    },
+    "DeleteResource": {"resource_id": "urn:x"},
+    "ListSigningKeys": {},
+    "PrepareSigningKey": {},
+    "ActivateSigningKey": {"kid": "x"},
+    "RetireSigningKey": {"kid": "x"},
+    "TaintSigningKey": {"kid": "x"},
+    "RevokeSubject": {"subject": "x"},
+    "RevokeClient": {"client_id": "x"},
+    "RevokeSubjectClient": {"subject": "x", "client_id": "x"},
+    "RevokeSession": {"session_id": "x"},
+    "RevokeGrant": {"grant_id": "x"},
+    "RevokeEverything": {},
+    "ListGrants": {},
+    "EndGrant": {"grant_id": "x"},
 }
 
 

@@ -3,6 +3,7 @@
 import hashlib
 from base64 import urlsafe_b64encode
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -13,7 +14,15 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from authsvc.errors import AuthError, Reason
 from authsvc.model import CertificateIdentity, IdentityKind, Peer, Validity
 from authsvc.rpc import peer as module
-from authsvc.rpc.peer import Authorities, Peers, check_pair, read_authorities, spki_sha256, x5t_s256
+from authsvc.rpc.peer import (
+    Peers,
+    Trust,
+    check_pair,
+    read_authorities,
+    read_bundle,
+    spki_sha256,
+    x5t_s256,
+)
 from tests import certs
 from tests.certs import DAY, HOUR, NOW, SPIFFE_ID, Context, Issued
 
@@ -24,7 +33,7 @@ LEAF = certs.leaf(ROOT)
 
 
 def _peers(*authorities: Issued, **limits: int) -> Peers:
-    trusted = tuple(ca.certificate for ca in authorities)
+    trusted = Trust(tuple(ca.certificate for ca in authorities))
     return Peers(lambda: trusted, **limits)
 
 
@@ -368,6 +377,277 @@ def test_path_name_constraints_hold_or_refuse(
         assert "nameconstraint" in cause.replace(" ", "").lower()
 
 
+# --- bundles of outside trust domains ---
+
+PARTNER = certs.ca("Partner")
+NEW_PARTNER = certs.ca("Partner")
+RIVAL = certs.ca("Rival")
+TRUST = Trust(
+    (ROOT.certificate, OTHER.certificate),
+    {
+        "partner.test": (PARTNER.certificate, NEW_PARTNER.certificate),
+        "rival.test": (RIVAL.certificate,),
+        "revoked.test": (),
+    },
+)
+HOUR_AROUND = Validity(NOW - HOUR, NOW + HOUR)
+
+
+def _of(trust: Trust) -> Peers:
+    return Peers(lambda: trust)
+
+
+def _svid(ca: Issued, domain: str, **more: Any) -> Issued:
+    return certs.leaf(ca, uris=(f"spiffe://{domain}/a",), **more)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "pins"),
+    [
+        (_svid(PARTNER, "partner.test"), {"spiffe://partner.test"}),
+        (_svid(NEW_PARTNER, "partner.test"), {"spiffe://partner.test"}),
+        (_svid(RIVAL, "rival.test"), {"spiffe://rival.test"}),
+        (_svid(PARTNER, "rival.test"), None),
+        (_svid(PARTNER, "test.local"), None),
+        (_svid(PARTNER, "unknown.test"), None),
+        (_svid(PARTNER, "sub.partner.test"), None),
+        (_svid(PARTNER, "revoked.test"), None),
+        (certs.leaf(PARTNER, uris=(), dns=("partner.test",)), None),
+        (certs.leaf(PARTNER, uris=(), subject="partner"), None),
+        (certs.leaf(PARTNER, uris=("https://partner.test/a",), dns=("partner.test",)), None),
+        (_svid(ROOT, "partner.test"), None),
+        (_svid(ROOT, "revoked.test"), None),
+        (_svid(ROOT, "unknown.test"), {ROOT.pin}),
+        (certs.leaf(ROOT, uris=(), dns=("partner.test",)), {ROOT.pin}),
+    ],
+    ids=[
+        "own_ca_of_the_domain",
+        "second_ca_of_the_domain",
+        "other_domain",
+        "another_partner",
+        "domain_of_the_server",
+        "domain_of_nobody",
+        "subdomain",
+        "empty_bundle",
+        "dns_name",
+        "subject",
+        "uri_of_another_scheme",
+        "client_ca_for_a_domain_with_a_bundle",
+        "client_ca_for_a_domain_with_an_empty_bundle",
+        "client_ca_for_a_domain_of_nobody",
+        "client_ca_for_a_dns_name",
+    ],
+)
+def test_bundle_vouches_for_its_domain_and_nobody_else_does(
+    leaf: Issued, pins: set[str] | None
+) -> None:
+    """X509-SVID section 5.2: the signing authority was authorized to issue it."""
+    for chain in ((), (ROOT, PARTNER), (RIVAL, ROOT)):
+        if pins is None:
+            assert "no path" in _invalid(_of(TRUST), leaf.context(*chain))
+        else:
+            assert set(_of(TRUST)(leaf.context(*chain), NOW).paths) == pins
+
+
+def test_bundle_vouches_for_no_other_name_in_the_certificate() -> None:
+    names: dict[str, Any] = {"dns": ("orders.test.local",), "subject": "orders"}
+    outside = _of(TRUST)(_svid(PARTNER, "partner.test", **names).context(), NOW)
+    assert (outside.spiffe_id, outside.dns_names, outside.subject_dn) == (
+        "spiffe://partner.test/a",
+        frozenset(),
+        "",
+    )
+    own = _of(TRUST)(_svid(ROOT, "test.local", **names).context(), NOW)
+    assert (set(own.dns_names), own.subject_dn) == ({"orders.test.local"}, "CN=orders")
+    for pin in ("spiffe://partner.test", ROOT.pin):
+        for kind, value in (
+            (IdentityKind.SAN_DNS, "orders.test.local"),
+            (IdentityKind.SUBJECT_DN, "CN=orders"),
+        ):
+            identity = CertificateIdentity(kind, value, pin)
+            assert not identity.matches(outside, NOW)
+            assert identity.matches(own, NOW) == (pin == ROOT.pin)
+
+
+def test_bundle_chain_by_an_intermediate_counts() -> None:
+    middle = certs.ca("Partner, team", issuer=PARTNER, span=(NOW - HOUR, NOW + HOUR / 2))
+    leaf = _svid(middle, "partner.test")
+    assert _of(TRUST)(leaf.context(middle), NOW).paths == {
+        "spiffe://partner.test": Validity(NOW - HOUR, NOW + HOUR / 2)
+    }
+    assert "no path" in _invalid(_of(TRUST), leaf.context())
+    for domain in ("test.local", "rival.test"):
+        assert "no path" in _invalid(_of(TRUST), _svid(middle, domain).context(middle))
+
+
+@pytest.mark.parametrize(
+    ("leaf", "cross"),
+    [
+        (_svid(PARTNER, "test.local"), certs.ca("Partner", issuer=ROOT, key=PARTNER.key)),
+        (
+            certs.leaf(PARTNER, uris=(), dns=("a.test",)),
+            certs.ca("Partner", issuer=ROOT, key=PARTNER.key),
+        ),
+        (_svid(ROOT, "partner.test"), certs.ca("Root", issuer=PARTNER, key=ROOT.key)),
+        (_svid(RIVAL, "partner.test"), certs.ca("Rival", issuer=PARTNER, key=RIVAL.key)),
+    ],
+    ids=["own_id", "own_dns_name", "client_ca_into_bundle", "bundle_into_bundle"],
+)
+def test_bundle_cross_signed_ca_leads_nowhere_else(leaf: Issued, cross: Issued) -> None:
+    """The cross-signing is real: with the other side's file away the path is there."""
+    assert "no path" in _invalid(_of(TRUST), leaf.context(cross))
+    trusted = Trust(
+        (ROOT.certificate,) if cross.certificate.issuer == ROOT.certificate.subject else (),
+        {"partner.test": (PARTNER.certificate,)}
+        if cross.certificate.issuer == PARTNER.certificate.subject
+        else {},
+    )
+    assert _of(trusted)(leaf.context(cross), NOW).paths
+
+
+def test_bundle_best_path_of_all_its_cas_is_the_one_that_counts() -> None:
+    """A CA that was renewed under another key, cross-signed by the old one that ends first."""
+    span = (NOW - DAY, NOW + HOUR / 4)
+    old = certs.ca("Old", span=span)
+    new = certs.ca("New", span=(NOW - DAY, NOW + DAY))
+    cross = certs.ca("New", issuer=old, key=new.key, span=span)
+    leaf = _svid(new, "partner.test")
+    for cas in ((old, new), (new, old)):
+        trust = Trust((ROOT.certificate,), {"partner.test": tuple(ca.certificate for ca in cas)})
+        assert _of(trust)(leaf.context(cross), NOW).paths == {"spiffe://partner.test": HOUR_AROUND}
+
+
+def test_bundle_rotated_ca_is_the_same_pin() -> None:
+    trusted = [Trust((ROOT.certificate,), {"partner.test": (PARTNER.certificate,)})]
+    peers = Peers(lambda: trusted[0])
+    old, new = (_svid(ca, "partner.test") for ca in (PARTNER, NEW_PARTNER))
+    identity = CertificateIdentity(
+        IdentityKind.SAN_URI, "spiffe://partner.test/a", "spiffe://partner.test"
+    )
+    assert identity.matches(peers(old.context(), NOW), NOW)
+    assert "no path" in _invalid(peers, new.context())
+    trusted[0] = Trust((ROOT.certificate,), {"partner.test": (NEW_PARTNER.certificate,)})
+    assert "no path" in _invalid(peers, old.context())
+    assert identity.matches(peers(new.context(), NOW), NOW)
+
+
+def test_pins_of_a_domain_with_a_bundle_are_the_bundle() -> None:
+    assert TRUST.pins("partner.test") == {"spiffe://partner.test"}
+    assert TRUST.pins("revoked.test") == {"spiffe://revoked.test"}
+    assert TRUST.pins("test.local") == TRUST.pins("") == {ROOT.pin, OTHER.pin}
+
+
+def _changed(**changes: Any) -> bytes:
+    return certs.bundle(ROOT, certs.jwk(OTHER, **changes))
+
+
+def _without(name: str) -> bytes:
+    return certs.bundle(
+        ROOT, {key: value for key, value in certs.jwk(OTHER).items() if key != name}
+    )
+
+
+X5C = certs.jwk(OTHER)["x5c"][0]
+
+
+@pytest.mark.parametrize(
+    ("content", "cas"),
+    [
+        (certs.bundle(ROOT, OTHER), (ROOT, OTHER)),
+        (b"\n " + certs.bundle(ROOT), (ROOT,)),
+        (ROOT.pem + OTHER.pem, (ROOT, OTHER)),
+        (_changed(kid="x", unknown=[1]), (ROOT, OTHER)),
+        (_changed(use="jwt-svid"), (ROOT,)),
+        (_changed(use="X509-SVID"), (ROOT,)),
+        (_changed(use=["x509-svid"]), (ROOT,)),
+        (_without("use"), (ROOT,)),
+        (_changed(kty="OKP"), (ROOT,)),
+        (_without("kty"), (ROOT,)),
+        (_without("x5c"), (ROOT,)),
+        (_changed(x5c=[]), (ROOT,)),
+        (_changed(x5c=[X5C, certs.jwk(PARTNER)["x5c"][0]]), (ROOT, OTHER)),
+        (certs.bundle(), ()),
+        (certs.bundle(certs.jwk(ROOT, use="jwt-svid")), ()),
+    ],
+    ids=[
+        "bundle",
+        "white_space",
+        "pem",
+        "unknown_members",
+        "jwt_svid",
+        "use_in_upper_case",
+        "use_of_another_kind",
+        "no_use",
+        "unknown_kty",
+        "no_kty",
+        "no_x5c",
+        "empty_x5c",
+        "second_certificate_is_passed_over",
+        "no_keys_at_all",
+        "no_x509",
+    ],
+)
+def test_read_bundle_takes_what_counts_and_passes_over_the_rest(
+    content: bytes, cas: tuple[Issued, ...]
+) -> None:
+    """SPIFFE Trust Domain and Bundle section 4.2, X509-SVID section 6.2."""
+    assert read_bundle(content) == tuple(ca.certificate for ca in cas)
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b"", "PEM"),
+        (b"[]", "PEM"),
+        (b"null", "PEM"),
+        (b"{}", "not a JWK set"),
+        (b'{"keys": {}}', "not a JWK set"),
+        (b'{"keys": [1]}', "not a JWK set"),
+        (certs.bundle(ROOT)[:-20], "delimiter|Unterminated|Expecting"),
+        (b"\xff" + certs.bundle(ROOT), "PEM"),
+        (ROOT.pem + OTHER.pem[:-30], "PEM|whole"),
+        (_changed(d="AAAA"), "private keys"),
+        (certs.bundle(ROOT, {"kty": "oct", "k": "AAAA"}), "private keys"),
+        (certs.bundle(ROOT, {"kty": "EC", "use": "jwt-svid", "d": "AAAA"}), "private keys"),
+        (_changed(x5c=X5C), "not a list"),
+        (_changed(x5c=[1]), "not a list"),
+        (_changed(x5c={"0": X5C}), "not a list"),
+        (_changed(x5c=[X5C[:-8]]), "asn1"),
+        (_changed(x5c=["-" + X5C]), "base64|alphabet"),
+        (_changed(x5c=[certs.jwk(LEAF)["x5c"][0]]), "not a CA certificate"),
+        (certs.bundle(*[ROOT] * (module.AUTHORITIES_MAX + 1)), "more than 64"),
+        (certs.bundle(ROOT) + b" " * module.BUNDLE_BYTES_MAX, "bytes"),
+        (ROOT.pem + ROOT.key_pem, "whole"),
+    ],
+    ids=[
+        "empty",
+        "list",
+        "null",
+        "no_keys",
+        "keys_is_no_list",
+        "key_is_no_object",
+        "half_written",
+        "no_utf8",
+        "half_written_pem",
+        "private_key",
+        "symmetric_key",
+        "private_key_of_another_use",
+        "x5c_is_a_text",
+        "x5c_holds_a_number",
+        "x5c_is_an_object",
+        "x5c_is_cut",
+        "x5c_is_no_base64",
+        "leaf",
+        "too_many",
+        "too_long",
+        "private_key_in_pem",
+    ],
+)
+def test_read_bundle_what_cannot_be_used_is_refused(content: bytes, cause: str) -> None:
+    with pytest.raises(ValueError, match=cause):
+        read_bundle(content)
+
+
 # --- time ---
 
 
@@ -459,12 +739,12 @@ def test_cache_chain_is_part_of_the_key() -> None:
 
 
 def test_cache_new_authorities_drop_what_is_known() -> None:
-    trusted: list[Authorities] = [(ROOT.certificate, OTHER.certificate)]
+    trusted = [Trust((ROOT.certificate, OTHER.certificate))]
     peers = Peers(lambda: trusted[0])
     before = peers(LEAF.context(), NOW)
-    trusted[0] = (OTHER.certificate,)
+    trusted[0] = Trust((OTHER.certificate,))
     assert "no path" in _invalid(peers, LEAF.context())
-    trusted[0] = (ROOT.certificate,)
+    trusted[0] = Trust((ROOT.certificate,))
     after = peers(LEAF.context(), NOW)
     assert after == before
     assert after is not before

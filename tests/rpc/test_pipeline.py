@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def _slow() -> tuple[list[Slow], Any]:
     def wrap(store: Store) -> Store:
         made.append(Slow(store.clients))
         clients: Any = made[0]
-        return Store(clients, store.resources, store.keys, store.feed)
+        return replace(store, clients=clients)
 
     return made, wrap
 
@@ -139,7 +140,7 @@ async def test_deadline_of_the_server_holds_where_the_caller_has_none(
 ) -> None:
     monkeypatch.setattr(pipeline, "DEADLINE_S_MAX", 0.2)
     slow, wrap = _slow()
-    async with running(tmp_path, backend="memory", clock=hand_clock(), wrap=wrap) as server:
+    async with running(tmp_path, clock=hand_clock(), wrap=wrap) as server:
         await server.auth(ADMIN).GetKeys(KEYS)
         slow[0].gate.clear()
         get = clients_pb2.GetClientRequest(client_id="x")
@@ -153,7 +154,7 @@ async def test_deadline_of_the_server_holds_where_the_caller_has_none(
 
 async def test_call_that_is_cancelled_ends_in_the_server(tmp_path: Path) -> None:
     slow, wrap = _slow()
-    async with running(tmp_path, backend="memory", clock=hand_clock(), wrap=wrap) as server:
+    async with running(tmp_path, clock=hand_clock(), wrap=wrap) as server:
         slow[0].gate.clear()
         for ending in ("cancel", "deadline"):
             entered = slow[0].entered
@@ -270,7 +271,7 @@ async def test_method_that_no_contract_has_is_unimplemented(server: Running) -> 
 
 @pytest.mark.parametrize("reflects", [False, True])
 async def test_reflection_is_answered_by_setting_alone(tmp_path: Path, reflects: bool) -> None:
-    async with running(tmp_path, backend="memory", reflection=reflects) as server:
+    async with running(tmp_path, reflection=reflects) as server:
         stub = reflection_pb2_grpc.ServerReflectionStub(server.channel(ADMIN))
         call = stub.ServerReflectionInfo(timeout=TIMEOUT_S)
         found = []

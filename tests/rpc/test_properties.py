@@ -23,10 +23,15 @@ from authsvc.model import (
     Resource,
     TokenFormat,
 )
+from authsvc.oauth.registration import RegistrationPolicy
 from authsvc.oauth.resources import is_resource_id, pick
 from authsvc.oauth.scopes import is_scope, narrow
-from authsvc.rpc import convert, status
+from authsvc.rpc import convert, registered, status
 from authsvc_client.v1 import clients_pb2, resources_pb2
+
+ENCODE = registered.ClientEncoder(
+    RegistrationPolicy(frozenset(), frozenset(), frozenset()), lambda client: client
+)
 
 ISSUER = "https://issuer.test"
 RESOURCES = {"urn:a": ("a1", "a2"), "urn:b": ("b1",), "urn:c": (), ISSUER: ("admin", "watch")}
@@ -156,9 +161,12 @@ metadatas = st.builds(
     identity=identities,
     bound_access_tokens=st.booleans(),
     validates=st.frozensets(name),
-    texts=st.dictionaries(st.sampled_from(convert.TEXTS), name),
+    texts=st.dictionaries(st.sampled_from(registered.TEXTS), name),
     contacts=st.lists(name).map(tuple),
+    jwks=words,
+    may_act=words,
 )
+digests = st.none() | st.binary(min_size=32, max_size=32)
 moments = st.none() | st.integers(0, 2**33).map(float)
 clients = st.builds(
     Client,
@@ -173,13 +181,13 @@ clients = st.builds(
     review_comment=words,
     review_time=moments,
     approval_expire_time=moments,
-    secret_digest=st.none() | st.binary(min_size=32, max_size=32),
-    cutoff=st.integers(0, 2**40),
+    secret_digest=digests,
+    previous_secret_digest=digests,
+    previous_secret_until=moments,
+    registration_digest=digests,
 )
 
-UNSET_IN_ANSWERS = {"policy_diff"}
-"""Fields of Client that a later version fills in."""
-UNSET_METADATA = {"redirect_uris", "jwks", "jwks_uri", "software_statement"}
+UNSET_METADATA = {"redirect_uris", "jwks_uri", "software_statement"}
 """Fields of ClientMetadata that a later version honours."""
 
 
@@ -188,16 +196,16 @@ def test_what_is_no_subject_is_refused_rather_than_never_matched(subject: str) -
     """RFC 8705 section 2.1.2: the subject in the spelling of RFC 4514."""
     metadata = clients_pb2.ClientMetadata(client_name="x", tls_client_auth_subject_dn=subject)
     with pytest.raises(AuthError) as caught:
-        convert.registration(metadata)
+        registered.registration(metadata)
     assert caught.value.reason is Reason.INVALID_CLIENT_METADATA
     metadata.tls_client_auth_subject_dn = "CN=orders"
-    assert convert.registration(metadata).identity_value == "CN=orders"
+    assert registered.registration(metadata).identity_value == "CN=orders"
 
 
 @given(clients)
 def test_client_crosses_the_wire_whole(client: Client) -> None:
-    message = clients_pb2.Client.FromString(convert.client_pb(client).SerializeToString())
-    back = convert.registration(message.metadata)
+    message = clients_pb2.Client.FromString(ENCODE(client).SerializeToString())
+    back = registered.registration(message.metadata)
     metadata = client.metadata
     assert back.client_name == metadata.client_name
     assert back.grant_types == metadata.grant_types
@@ -207,6 +215,7 @@ def test_client_crosses_the_wire_whole(client: Client) -> None:
     assert back.validates == metadata.validates
     assert back.texts == metadata.texts
     assert back.contacts == metadata.contacts
+    assert (back.jwks, back.may_act) == (metadata.jwks, metadata.may_act)
     kind = metadata.identity.kind if metadata.identity else None
     assert (back.identity_kind, back.identity_value, back.identity_ca) == (
         kind,
@@ -224,8 +233,9 @@ def test_client_crosses_the_wire_whole(client: Client) -> None:
         assert message.HasField(named) is (value is not None)
         if value is not None:
             assert getattr(message, field).ToNanoseconds() == int(value) * 10**9
-    if client.secret_digest:
-        assert client.secret_digest not in message.SerializeToString()
+    for name in ("secret_digest", "previous_secret_digest", "registration_digest"):
+        digest = getattr(client, name)
+        assert digest is None or digest not in message.SerializeToString()
 
 
 def _full_client() -> Client:
@@ -238,15 +248,17 @@ def _full_client() -> Client:
         identity,
         True,
         frozenset({"v"}),
-        dict.fromkeys(convert.TEXTS, "t"),
+        dict.fromkeys(registered.TEXTS, "t"),
         ("c",),
+        "{}",
+        "m",
     )
-    return Client("i", metadata, ClientState.APPROVED, 1, 2, "r", 3, "v", "c", 4, 5, b"d" * 32, 6)
+    return Client("i", metadata, ClientState.APPROVED, 1, 2, "r", 3, "v", "c", 4, 5, b"d" * 32)
 
 
 def test_every_field_of_a_client_is_filled_in_or_left_out_on_purpose() -> None:
-    message = convert.client_pb(_full_client())
-    for part, unset in ((message, UNSET_IN_ANSWERS), (message.metadata, UNSET_METADATA)):
+    message = ENCODE(_full_client())
+    for part, unset in ((message, set()), (message.metadata, UNSET_METADATA)):
         missing = {
             field.name
             for field in part.DESCRIPTOR.fields
@@ -267,6 +279,8 @@ def test_every_field_of_a_client_is_filled_in_or_left_out_on_purpose() -> None:
         "validates",
         "texts",
         "contacts",
+        "jwks",
+        "may_act",
     }
 
 
@@ -280,7 +294,7 @@ def test_field_that_is_not_kept_is_refused(field: FieldDescriptor) -> None:
     value: Any = ["x"] if field.is_repeated else "x"
     message = clients_pb2.ClientMetadata(client_name="x", **{field.name: value})
     with pytest.raises(AuthError) as caught:
-        convert.registration(message)
+        registered.registration(message)
     assert caught.value.metadata == {"feature": field.name}
 
 

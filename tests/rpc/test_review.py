@@ -1,30 +1,34 @@
 """The review of clients over the wire: every state by every step, and what it leaves behind."""
 
+import asyncio
 from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from authsvc.store.port import RESOURCE_CHANGES
 from authsvc_client.v1 import auth_pb2, clients_pb2, resources_pb2
+from tests.certs import DAY
 from tests.harness import (
     ADMIN,
     Running,
     failure,
     hand_clock,
     identity,
+    issue_request,
     outcome,
     reason,
     running,
     spiffe,
 )
 
-STATES = ("PENDING", "APPROVED", "REJECTED", "SUSPENDED")
+STATES = ("PENDING", "APPROVED", "REJECTED", "EXPIRED", "SUSPENDED")
 STEPS = ("Approve", "Reject", "Suspend", "Resume")
 ALLOWED = {
     ("PENDING", "Approve"): "APPROVED",
     ("PENDING", "Reject"): "REJECTED",
+    ("EXPIRED", "Approve"): "APPROVED",
+    ("EXPIRED", "Reject"): "REJECTED",
     ("APPROVED", "Suspend"): "SUSPENDED",
     ("SUSPENDED", "Resume"): "APPROVED",
 }
@@ -32,6 +36,7 @@ PATHS: dict[str, tuple[str, ...]] = {
     "PENDING": (),
     "APPROVED": ("Approve",),
     "REJECTED": ("Reject",),
+    "EXPIRED": (),
     "SUSPENDED": ("Approve", "Suspend"),
 }
 
@@ -52,6 +57,8 @@ async def _in_state(server: Running, state: str, name: str) -> clients_pb2.Clien
     made = await server.register(identity(name), tls_client_auth_san_uri=spiffe(name))
     for step in PATHS[state]:
         await _step(server, step, made.client.client_id)
+    if state == "EXPIRED":
+        await server.store.clients.expire(-DAY)  # as if all that wait had done so for long
     return await _get(server, made.client.client_id)
 
 
@@ -93,9 +100,36 @@ async def test_etag_of_another_version_is_refused(server: Running, state: str, s
     assert answer.client.etag == str(version + 1)
 
 
+async def test_of_steps_at_once_one_is_taken(at: Running) -> None:
+    """Approved and suspended, or rejected: never both, and never twice."""
+    client = await _in_state(at, "PENDING", "raced")
+    steps = [
+        _step(at, step, client.client_id, etag=client.etag)
+        for step in ("Approve", "Reject", "Suspend", "Resume") * 8
+    ]
+    found = await asyncio.gather(*map(outcome, steps))
+    assert found.count("OK") == 1
+    assert set(found) <= {"OK", "CLIENT_STATE_CONFLICT", "ETAG_MISMATCH"}
+    assert (await _get(at, client.client_id)).etag == "2"
+
+
+async def test_suspended_while_it_is_approved_a_client_ends_suspended(at: Running) -> None:
+    client = await _in_state(at, "PENDING", "suspended_at_once")
+
+    async def suspend() -> None:
+        while await outcome(_step(at, "Suspend", client.client_id)) == "CLIENT_STATE_CONFLICT":
+            pass
+
+    await asyncio.gather(_step(at, "Approve", client.client_id), suspend())
+    assert (await _get(at, client.client_id)).state == clients_pb2.CLIENT_STATE_SUSPENDED
+    request = issue_request(client.client_id)
+    stub = at.auth(identity("suspended_at_once"))
+    assert await reason(stub.IssueToken(request)) == "CLIENT_SUSPENDED"
+
+
 async def test_comment_reviewer_and_time_are_recorded(tmp_path: Path) -> None:
     clock = hand_clock()
-    async with running(tmp_path, backend="memory", clock=clock) as server:
+    async with running(tmp_path, clock=clock) as server:
         deputy = await server.member("deputy", "admin")
         client = await _in_state(server, "PENDING", "reviewed")
         assert not client.reviewer
@@ -117,7 +151,7 @@ async def test_comment_reviewer_and_time_are_recorded(tmp_path: Path) -> None:
 
 async def test_approval_expires(tmp_path: Path) -> None:
     clock = hand_clock()
-    async with running(tmp_path, backend="memory", clock=clock) as server:
+    async with running(tmp_path, clock=clock) as server:
         made = await server.member("ends", "validate", approve=False)
         now = int(clock.wall())
         for seconds in (now, now - 1, 0):
@@ -144,16 +178,15 @@ async def test_approval_expires(tmp_path: Path) -> None:
 
 
 async def test_scope_must_still_be_there_at_approval(tmp_path: Path) -> None:
-    async with running(tmp_path, backend="memory", clock=hand_clock()) as server:
+    async with running(tmp_path, clock=hand_clock()) as server:
         await server.resource("https://gone.test", "gone.read")
         made = [
             await server.member(name, scope, approve=False)
             for name, scope in (("gone", "gone.read"), ("there", "validate"))
         ]
-        resources: Any = server.store.resources
-        del resources.rows["https://gone.test"]
-        await server.store.feed.append(RESOURCE_CHANGES)
-        await server.app.follow.poll()
+        await server.resources().DeleteResource(
+            resources_pb2.DeleteResourceRequest(resource_id="https://gone.test")
+        )
         refused = await failure(server.approve(made[0].client_id))
         assert (refused.reason, refused.metadata) == (
             "INVALID_CLIENT_METADATA",
@@ -194,7 +227,7 @@ async def test_pages_cover_all_once_in_order(tmp_path: Path) -> None:
 
 
 async def test_page_holds_what_the_filter_asks_for(server: Running) -> None:
-    for state in STATES:
+    for state in sorted(STATES, key="EXPIRED".__ne__):  # first: all that wait expire with it
         for number in range(2):
             await _in_state(server, state, f"page_{state}_{number}".lower())
     for state in STATES:
@@ -231,7 +264,7 @@ async def test_page_token_is_good_for_its_own_list_alone(server: Running, tmp_pa
     assert mine
     assert theirs
     assert other
-    async with running(tmp_path, backend="memory") as elsewhere:
+    async with running(tmp_path) as elsewhere:
         for _ in range(2):
             await elsewhere.register(ADMIN, secret=True)
         answer = await elsewhere.clients().ListClients(clients_pb2.ListClientsRequest(page_size=1))

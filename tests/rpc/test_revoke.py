@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import sqlite3
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from authsvc.errors import AuthError, Reason
-from authsvc.store.port import Change, FeedPage, FeedStore, Store
+from authsvc.store.port import Change, FeedPage, Store
 from authsvc_client.v1 import auth_pb2, clients_pb2
 from tests.harness import (
     ADMIN,
@@ -99,6 +100,7 @@ async def test_owner_revokes_by_secret_over_any_connection(server: Running) -> N
     await server.resource("https://secret.test", "secret.read")
     client = await server.member("by_secret", "secret.read", secret=True)
     other = await server.member("other_secret", "secret.read", secret=True)
+    await server.token(other, secret=True)  # the first use of a secret is written
     gateway = await server.member("gateway_secret", "validate", validates=["*"])
     token = (await server.token(client, secret=True)).access_token
     auth, head = server.auth(identity("stranger")), await server.head()
@@ -201,7 +203,7 @@ async def test_target_that_is_none_is_refused(server: Running, fields: dict[str,
 
 async def test_what_is_no_live_token_of_ours_is_fine_and_writes_nothing(tmp_path: Path) -> None:
     """RFC 7009 section 2.2."""
-    async with running(tmp_path, backend="memory", clock=hand_clock()) as server:
+    async with running(tmp_path, clock=hand_clock()) as server:
         client, _ = await _scene(server)
         expired = (await server.token(client)).access_token
         await server.advance(331)
@@ -240,7 +242,7 @@ async def test_whoever_asks_is_authenticated_before_the_token_is_looked_at(
 
 
 async def test_client_that_is_not_let_in_may_still_revoke_what_it_holds(tmp_path: Path) -> None:
-    async with running(tmp_path, backend="memory", clock=hand_clock()) as server:
+    async with running(tmp_path, clock=hand_clock()) as server:
         await server.resource(ORDERS, "orders.read")
         gateway = await server.member("gateway", "validate", validates=["*"])
         client = await server.member("client", "orders.read", approve=False)
@@ -260,8 +262,9 @@ async def test_client_that_is_not_let_in_may_still_revoke_what_it_holds(tmp_path
 class BrokenFeed:
     """A feed whose writes fail as they are told to."""
 
-    def __init__(self, feed: FeedStore) -> None:
-        self._feed = feed
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._feed = store.feed
         self.failure: BaseException | None = None
         self.after_commit = False
         self.gate: asyncio.Event | None = None
@@ -287,13 +290,16 @@ class BrokenFeed:
     async def raise_epoch(self, page: FeedPage, above: int, *, cut_off: bool) -> None:
         await self._feed.raise_epoch(page, above, cut_off=cut_off)
 
+    async def close(self) -> None:
+        await self.store.close()
+
 
 def _broken() -> tuple[list[BrokenFeed], Any]:
     made: list[BrokenFeed] = []
 
     def wrap(store: Store) -> Store:
-        made.append(BrokenFeed(store.feed))
-        return Store(store.clients, store.resources, store.keys, made[0])
+        made.append(BrokenFeed(store))
+        return replace(store, feed=made[0])
 
     return made, wrap
 
@@ -313,7 +319,7 @@ async def test_revocation_that_is_not_known_to_be_durable_is_not_ok(
 ) -> None:
     """CVE-2020-15223."""
     feeds, wrap = _broken()
-    async with running(tmp_path, backend="memory", clock=hand_clock(), wrap=wrap) as server:
+    async with running(tmp_path, clock=hand_clock(), wrap=wrap) as server:
         client, owner = await _scene(server)
         token = (await server.token(client)).access_token
         feeds[0].failure, feeds[0].after_commit = failing, committed
@@ -330,7 +336,7 @@ async def test_revocation_that_is_not_known_to_be_durable_is_not_ok(
 
 async def test_caller_that_goes_away_does_not_undo_the_revocation(tmp_path: Path) -> None:
     feeds, wrap = _broken()
-    async with running(tmp_path, backend="memory", clock=hand_clock(), wrap=wrap) as server:
+    async with running(tmp_path, clock=hand_clock(), wrap=wrap) as server:
         client, owner = await _scene(server)
         tokens = [(await server.token(client)).access_token for _ in range(3)]
         feeds[0].gate = asyncio.Event()
@@ -346,7 +352,8 @@ async def test_caller_that_goes_away_does_not_undo_the_revocation(tmp_path: Path
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         await running_calls[2]
-        await until(lambda: server.app.state.revision == server.store.feed._feed.head)  # type: ignore[attr-defined]
+        head = (await feeds[0].read(0)).head
+        await until(lambda: server.app.state.revision == head)
         told = [await server.judged(owner.who, token, of=client.who) for token in tokens]
         assert told[0] == "TOKEN_REVOKED"  # its transaction had begun
         assert told[2] == "TOKEN_REVOKED"

@@ -52,7 +52,7 @@ class Listener:
     peers: Peers = field(init=False)
 
     def __post_init__(self) -> None:
-        self.peers = Peers(lambda: self.tls.authorities)
+        self.peers = Peers(lambda: self.tls.trust)
 
     def write_pair(self, pair: tuple[bytes, bytes]) -> None:
         pki.write_pair(*pair, self.directory, "server")
@@ -211,9 +211,9 @@ async def test_reload_certificate_is_seen_by_new_connections_and_the_old_one_liv
         await _ask(old)
         next_ca, pair = _server(listener.directory / "next")
         listener.write_pair(pair)
-        before = listener.tls.authorities
+        before = listener.tls.trust
         assert listener.tls.reload()
-        assert listener.tls.authorities is not before
+        assert listener.tls.trust is not before
         await _refused(listener.channel(CLIENT))  # it trusts the issuer of the old certificate
         renewed = listener.channel(CLIENT, server_ca=next_ca.certificate_pem)
         assert await _answer(renewed) == "spiffe://test.local/orders"
@@ -306,22 +306,22 @@ async def test_reload_during_a_handshake_judges_the_call_by_the_new_cas(
 
 async def test_reload_half_replaced_pair_is_kept_out_until_it_is_whole(listener: Listener) -> None:
     next_ca, (certificate, key) = _server(listener.directory / "next")
-    before = listener.tls.authorities
+    before = listener.tls.trust
     listener.write_client_cas(CA, NEXT_CA)  # whole, and waits for the others all the same
     for name, content in (("server.pem", certificate), ("server-key.pem", key)):
         assert not listener.tls.reload() or name == "server.pem"
         (listener.directory / name).write_bytes(content)
-    assert listener.tls.authorities is not before
+    assert listener.tls.trust is not before
     assert listener.tls.reload()
     renewed = listener.channel(NEXT_CLIENT, server_ca=next_ca.certificate_pem)
     assert await _answer(renewed) == "spiffe://test.local/next"
 
 
 def test_reload_unchanged_files_change_nothing(listener: Listener) -> None:
-    before = listener.tls.authorities
+    before = listener.tls.trust
     with capture_logs() as logs:
         assert not listener.tls.reload()
-    assert listener.tls.authorities is before
+    assert listener.tls.trust is before
     assert logs == []
 
 
@@ -343,12 +343,12 @@ async def test_reload_what_cannot_be_used_is_logged_once_and_the_old_stays(
     listener: Listener, name: str, content: bytes | None
 ) -> None:
     file = listener.directory / name
-    good, before = file.read_bytes(), listener.tls.authorities
+    good, before = file.read_bytes(), listener.tls.trust
     with capture_logs() as logs:
         for _ in range(3):
             _put(file, content)
             assert not listener.tls.reload()
-            assert listener.tls.authorities is before
+            assert listener.tls.trust is before
         assert await _answer(listener.channel(CLIENT)) == "spiffe://test.local/orders"
         file.write_bytes(good)
         assert not listener.tls.reload()
@@ -368,24 +368,176 @@ def _put(file: Path, content: bytes | None) -> None:
 
 
 async def test_watch_follows_the_files_past_a_failure_until_cancelled(listener: Listener) -> None:
-    before = listener.tls.authorities
+    before = listener.tls.trust
     (listener.directory / "clients.pem").write_bytes(b"")
     with capture_logs() as logs:
         watch = asyncio.create_task(listener.tls.watch(0.001))
         async with asyncio.timeout(CALL_TIMEOUT_S):
             await _until(lambda: bool(logs))
             listener.write_client_cas(NEXT_CA)
-            await _until(lambda: listener.tls.authorities is not before)
+            await _until(lambda: listener.tls.trust is not before)
         watch.cancel()
         with pytest.raises(asyncio.CancelledError):
             await watch
     assert [entry["event"] for entry in logs] == ["tls_reload_refused", "tls_reloaded"]
-    assert listener.tls.authorities == (NEXT_CA.certificate,)
+    assert listener.tls.trust.client_cas == (NEXT_CA.certificate,)
 
 
 async def _until(done: Callable[[], bool]) -> None:
     while not done():  # noqa: ASYNC110 - there is no event to wait for
         await asyncio.sleep(0.001)
+
+
+# --- bundles of outside trust domains ---
+
+
+PARTNER = _ca("Partner")
+NEW_PARTNER = _ca("Partner")
+RIVAL = _ca("Rival")
+WORKLOAD = certs.leaf(PARTNER, uris=("spiffe://partner.test/a",), span=SPAN)
+
+
+def _with_bundles(directory: Path) -> ServerTls:
+    _, pair = _server(directory / "pki")
+    pki.write_pair(*pair, directory, "server")
+    (directory / "clients.pem").write_bytes(CA.pem)
+    (directory / "partner.json").write_bytes(certs.bundle(PARTNER))
+    (directory / "rival.pem").write_bytes(RIVAL.pem)
+    return _tls_with_bundles(directory)
+
+
+def _tls_with_bundles(directory: Path) -> ServerTls:
+    files = (directory / name for name in ("server.pem", "server-key.pem", "clients.pem"))
+    bundles = {"partner.test": "partner.json", "rival.test": "rival.pem"}
+    certificate, key, client_ca = files
+    return ServerTls(
+        certificate, key, client_ca, {name: directory / file for name, file in bundles.items()}
+    )
+
+
+def _cas(tls: ServerTls) -> tuple[object, ...]:
+    trust = tls.trust
+    return trust.client_cas, trust.bundles["partner.test"], trust.bundles["rival.test"]
+
+
+def _just(*cas: Issued) -> tuple[object, ...]:
+    return tuple((ca.certificate,) for ca in cas)
+
+
+def test_bundles_are_read_and_followed_each_by_itself(tmp_path: Path) -> None:
+    tls = _with_bundles(tmp_path)
+    assert _cas(tls) == _just(CA, PARTNER, RIVAL)
+    assert not tls.reload()
+    (tmp_path / "partner.json").write_bytes(certs.bundle(NEW_PARTNER))
+    before = tls.trust
+    assert tls.reload()
+    assert tls.trust is not before
+    assert _cas(tls) == _just(CA, NEW_PARTNER, RIVAL)
+    (tmp_path / "partner.json").write_bytes(certs.bundle())
+    with capture_logs() as logs:
+        assert tls.reload()
+    assert tls.trust.bundles["partner.test"] == ()
+    assert ("tls_bundle_empty", "partner.test") in [
+        (entry["event"], entry.get("trust_domain")) for entry in logs
+    ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        b"",
+        certs.bundle(NEW_PARTNER)[:-9],
+        NEW_PARTNER.pem[:-9],
+        b"{}",
+        certs.bundle(certs.jwk(NEW_PARTNER, d="AAAA")),
+        certs.bundle(certs.jwk(CLIENT)),
+        certs.bundle(NEW_PARTNER, CA),
+        certs.bundle(NEW_PARTNER, RIVAL),
+        b"{" * 100_000,
+    ],
+    ids=[
+        "gone",
+        "empty",
+        "half_written",
+        "half_written_pem",
+        "no_keys",
+        "private_key",
+        "leaf",
+        "client_ca",
+        "ca_of_another_bundle",
+        "deep",
+    ],
+)
+def test_bundle_that_cannot_be_used_holds_up_nothing_else(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    """The attack: a partner's file that keeps us from changing our own."""
+    tls = _with_bundles(tmp_path)
+    with capture_logs() as logs:
+        for _ in range(3):
+            _put(tmp_path / "partner.json", content)
+            assert not tls.reload()
+            assert _cas(tls) == _just(CA, PARTNER, RIVAL)
+        (tmp_path / "clients.pem").write_bytes(CA.pem + NEXT_CA.pem)
+        (tmp_path / "rival.pem").write_bytes(certs.bundle())
+        assert tls.reload()
+    own = (CA.certificate, NEXT_CA.certificate)
+    assert _cas(tls) == (own, (PARTNER.certificate,), ())
+    assert logs[0]["event"] == "tls_reload_refused"
+    assert "partner.json" in logs[0]["error"]
+    (tmp_path / "partner.json").write_bytes(certs.bundle(NEW_PARTNER))
+    assert tls.reload()
+    assert _cas(tls) == (own, (NEW_PARTNER.certificate,), ())
+
+
+def test_bundle_is_followed_while_the_own_files_are_not_whole(tmp_path: Path) -> None:
+    tls = _with_bundles(tmp_path)
+    (tmp_path / "server-key.pem").write_bytes(b"")
+    (tmp_path / "partner.json").write_bytes(certs.bundle(NEW_PARTNER))
+    assert tls.reload()
+    assert _cas(tls) == _just(CA, NEW_PARTNER, RIVAL)
+
+
+def test_ca_of_a_bundle_does_not_become_a_client_ca_by_a_reload(tmp_path: Path) -> None:
+    """Also where both files change: the CA has to leave the one before it enters the other."""
+    tls = _with_bundles(tmp_path)
+    (tmp_path / "clients.pem").write_bytes(CA.pem + PARTNER.pem)
+    assert not tls.reload()
+    assert _cas(tls) == _just(CA, PARTNER, RIVAL)
+    (tmp_path / "partner.json").write_bytes(certs.bundle(NEW_PARTNER))
+    assert tls.reload()
+    assert tls.reload()
+    assert _cas(tls) == (
+        (CA.certificate, PARTNER.certificate),
+        *_just(NEW_PARTNER, RIVAL),
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "cause"),
+    [
+        ("partner.json", None, "partner.json"),
+        ("partner.json", b"", "partner.json"),
+        ("partner.json", certs.bundle(PARTNER)[:-9], "partner.json"),
+        ("partner.json", certs.bundle(CA), "Clients.* is in tls.client_ca as well"),
+        ("partner.json", CA.pem, "Clients.* is in tls.client_ca as well"),
+        (
+            "partner.json",
+            certs.ca("Renamed", key=CA.key, span=SPAN).pem,
+            "Renamed.* is in tls.client_ca as well",
+        ),
+        ("clients.pem", CA.pem + PARTNER.pem, "Partner.* is in tls.client_ca as well"),
+        ("rival.pem", PARTNER.pem, "Partner.* is in the bundle of partner.test as well"),
+    ],
+)
+def test_construction_bundle_that_cannot_be_used_is_named(
+    tmp_path: Path, file: str, content: bytes | None, cause: str
+) -> None:
+    _with_bundles(tmp_path)
+    _put(tmp_path / file, content)
+    with pytest.raises(ValueError, match=cause):
+        _tls_with_bundles(tmp_path)
 
 
 # --- construction ---
@@ -399,11 +551,11 @@ def test_construction_unusable_file_is_named(
     _, pair = _server(tmp_path / "pki")
     pki.write_pair(*pair, tmp_path, "server")
     (tmp_path / "clients.pem").write_bytes(CA.pem)
-    assert _tls(tmp_path).authorities == (CA.certificate,)
+    assert _tls(tmp_path).trust.client_cas == (CA.certificate,)
     _put(tmp_path / name, content)
     with pytest.raises(ValueError, match=name):
         _tls(tmp_path)
 
 
 def test_material_repr_holds_no_key(listener: Listener) -> None:
-    assert "PRIVATE" not in repr(listener.tls._material)
+    assert "PRIVATE" not in repr((listener.tls, listener.tls._material, listener.tls._own.value))

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 
 from authsvc.feed.follow import WATCHER_CHANGES_MAX, Applied
+from authsvc.store.port import change
 from authsvc_client.core.judge import Judge, Question
 from authsvc_client.core.markers import MARKER_LIFETIME_S, Marker, MarkerKind, marker_key
 from authsvc_client.core.state import REVISIONS_PER_EPOCH, State
@@ -26,6 +27,7 @@ from tests.harness import (
     to_the_end,
     until,
 )
+from tests.store.conftest import sql
 
 ORDERS = "https://orders.test"
 
@@ -207,12 +209,15 @@ async def test_revision_above_the_head_is_unavailable(server: Running) -> None:
     at_head.call.cancel()
 
 
+def _url(directory: Path) -> str:
+    return f"sqlite+aiosqlite:///{directory / 'authsvc.db'}"
+
+
 async def test_compacted_revision_is_out_of_range(tmp_path: Path) -> None:
-    async with running(tmp_path, backend="memory", clock=hand_clock()) as server:
+    async with running(tmp_path, clock=hand_clock()) as server:
         watching = await server.member("late", "watch")
-        feed: Any = server.store.feed
-        feed.compacted_to = feed.head
-        head = feed.head
+        head = await server.head()
+        await sql(_url(tmp_path), f"UPDATE feed_head SET compacted_to = {head}")
         for number in range(3):
             await server.resource(f"https://{number}.test", f"s{number}")
         refused = await failure(Watcher(server, watching.who, resume=head - 1).call.read())
@@ -225,10 +230,9 @@ async def test_compacted_revision_is_out_of_range(tmp_path: Path) -> None:
 
 
 async def test_large_snapshot_comes_in_chunks_of_one_revision(tmp_path: Path) -> None:
-    async with running(tmp_path, backend="memory", clock=hand_clock()) as server:
+    async with running(tmp_path, clock=hand_clock()) as server:
         watching = await server.member("large", "watch")
-        kind = MarkerKind.TOKEN_DEAD
-        changes = [(kind, marker_key(kind, f"t{number}")) for number in range(10_000)]
+        changes = [change(MarkerKind.TOKEN_DEAD, f"t{number}") for number in range(10_000)]
         head = await server.store.feed.append(changes)
         watcher = Watcher(server, watching.who)
         while not (await watcher.read()).snapshot.last:
@@ -238,7 +242,7 @@ async def test_large_snapshot_comes_in_chunks_of_one_revision(tmp_path: Path) ->
         assert {chunk.revision for chunk in chunks} == {head}
         assert [chunk.last for chunk in chunks] == [False, False, True]
         assert [bool(chunk.keys) for chunk in chunks] == [True, False, False]
-        assert all(watcher.state.is_dead(key) for _, key in changes)
+        assert all(watcher.state.is_dead(one.key) for one in changes)
         watcher.call.cancel()
 
 
@@ -291,7 +295,7 @@ async def test_watchers_that_leave_leave_nothing_behind(server: Running) -> None
 
 
 async def test_watcher_that_does_not_read_is_told_so(tmp_path: Path) -> None:
-    async with running(tmp_path, backend="memory", clock=hand_clock()) as server:
+    async with running(tmp_path, clock=hand_clock()) as server:
         watching = await server.member("slow", "watch")
         watcher = Watcher(server, watching.who)
         await watcher.read()
@@ -304,7 +308,7 @@ async def test_watcher_that_does_not_read_is_told_so(tmp_path: Path) -> None:
 
 async def test_epoch_that_begins_ends_the_stream_or_is_told(tmp_path: Path) -> None:
     """design section 5: after another history nobody goes on as if nothing had been."""
-    async with running(tmp_path, backend="memory", clock=hand_clock()) as server:
+    async with running(tmp_path, clock=hand_clock()) as server:
         await server.resource(ORDERS, "orders.read")
         client = await server.member("client", "orders.read")
         watching = await server.member("epoch", "watch")
@@ -312,8 +316,7 @@ async def test_epoch_that_begins_ends_the_stream_or_is_told(tmp_path: Path) -> N
         watcher = Watcher(server, watching.who)
         await watcher.until_at(await server.head())
         assert watcher.judged(old, client.who) == "OK"
-        feed: Any = server.store.feed
-        feed.fingerprint = "another database"
+        await sql(_url(tmp_path), "UPDATE feed_head SET fingerprint = 'another database'")
         await server.app.follow.poll()
         assert server.app.state.revision >= 2 * REVISIONS_PER_EPOCH
         try:

@@ -16,7 +16,7 @@ from authsvc.rpc.pipeline import Pipeline
 from authsvc.rpc.policy import rule_of
 from authsvc.rpc.server import SERVICES
 from authsvc.telemetry import Metrics
-from authsvc_client.v1 import annotations_pb2, auth_pb2, clients_pb2
+from authsvc_client.v1 import annotations_pb2, auth_pb2, clients_pb2, keys_pb2, revocations_pb2
 from authsvc_client.v1.annotations_pb2 import require
 from tests import certs
 from tests.certs import Issued
@@ -39,6 +39,7 @@ METHODS = [method for service in SERVICES for method in service.methods]
 # say NOT_IMPLEMENTED.
 BUILT = {
     "IssueToken": "FIELD_INVALID",
+    "RefreshToken": "FIELD_INVALID",
     "ValidateToken": "FIELD_INVALID",
     "RevokeToken": "FIELD_INVALID",
     "RegisterClient": "FIELD_INVALID",
@@ -50,9 +51,35 @@ BUILT = {
     "RejectClient": "FIELD_INVALID",
     "SuspendClient": "FIELD_INVALID",
     "ResumeClient": "FIELD_INVALID",
+    "UpdateClient": "FIELD_INVALID",
+    "DeleteClient": "FIELD_INVALID",
+    "RotateClientSecret": "FIELD_INVALID",
+    "CreateInitialAccessToken": "FIELD_INVALID",
+    "ListInitialAccessTokens": "OK",
+    "DeleteInitialAccessToken": "FIELD_INVALID",
+    "GetOwnClient": "FIELD_INVALID",
+    "UpdateOwnClient": "FIELD_INVALID",
+    "DeleteOwnClient": "FIELD_INVALID",
     "CreateResource": "FIELD_INVALID",
     "GetResource": "FIELD_INVALID",
     "ListResources": "OK",
+    "UpdateResource": "FIELD_INVALID",
+    "DeleteResource": "FIELD_INVALID",
+    "CreateApiKey": "FIELD_INVALID",
+    "DeleteApiKey": "FIELD_INVALID",
+    "RevokeSubject": "FIELD_INVALID",
+    "RevokeClient": "FIELD_INVALID",
+    "RevokeSubjectClient": "FIELD_INVALID",
+    "RevokeSession": "FIELD_INVALID",
+    "RevokeGrant": "FIELD_INVALID",
+    "RevokeEverything": "OK",
+    "ListGrants": "OK",
+    "EndGrant": "FIELD_INVALID",
+    "ListSigningKeys": "OK",
+    "PrepareSigningKey": "SIGNING_KEY_STATE_CONFLICT",
+    "ActivateSigningKey": "FIELD_INVALID",
+    "RetireSigningKey": "FIELD_INVALID",
+    "TaintSigningKey": "FIELD_INVALID",
 }
 PUBLIC = {
     "IssueToken",
@@ -99,6 +126,9 @@ class Caller:
         if self.twice:
             return "AUTH_METHOD_AMBIGUOUS"
         admitted = BUILT.get(method.name, "NOT_IMPLEMENTED")
+        if method.name == "ListApiKeys":  # the caller's; by the settings it is no client
+            is_admin = self.who is ADMIN and not self.bearer
+            return self.refused or ("FIELD_INVALID" if is_admin else "OK")
         if method.name in PUBLIC:
             return admitted
         if self.refused:
@@ -116,6 +146,8 @@ async def _call(server: Running, caller: Caller, method: MethodDescriptor) -> Fa
     """An empty request; code OK where it is answered."""
     path = f"/{method.containing_service.full_name}/{method.name}"
     request = GetMessageClass(method.input_type)()
+    if isinstance(request, revocations_pb2.RevokeEverythingRequest):
+        request.validate_only = True
     answer = GetMessageClass(method.output_type).FromString
     channel = server.channel(caller.who, caller.chain)
     settled: dict[str, Any] = {"metadata": caller.metadata, "timeout": TIMEOUT_S}
@@ -139,6 +171,7 @@ async def callers(
 ) -> AsyncIterator[tuple[Running, dict[str, Caller]]]:
     async with running(tmp_path_factory.mktemp("who")) as server:
         await server.resource("https://orders.test", "orders.read")
+        await server.keys().PrepareSigningKey(keys_pb2.PrepareSigningKeyRequest())
         members: dict[str, Member] = {}
         for name, scopes in {
             "scopeless": ("orders.read",),
@@ -164,6 +197,13 @@ async def callers(
             "unbound", "validate", tls_client_certificate_bound_access_tokens=False
         )
         free = (await server.token(unbound)).access_token
+        methods = [
+            clients_pb2.CLIENT_AUTH_METHOD_TLS_CLIENT_AUTH,
+            clients_pb2.CLIENT_AUTH_METHOD_API_KEY,
+        ]
+        keyed = await server.member("keyed", *ALL, token_endpoint_auth_methods=methods)
+        make = clients_pb2.CreateApiKeyRequest(api_key=clients_pb2.ApiKey())
+        api_key = (await server.clients(keyed.who).CreateApiKey(make)).value
         bad = "CALLER_TOKEN_INVALID"
         found = {
             "no certificate": Caller(None, connects=False),
@@ -203,6 +243,12 @@ async def callers(
             ),
             "token that is not bound, over any connection": Caller(
                 stranger, scopes=frozenset({"validate"}), bearer=f"Bearer {free}"
+            ),
+            "API key of one with all scopes": Caller(
+                stranger, scopes=frozenset({"validate", "watch"}), bearer=f"Bearer {api_key}"
+            ),
+            "API key with another end": Caller(
+                stranger, bad, bearer=f"Bearer {api_key[:-1]}", verdict="TOKEN_MALFORMED"
             ),
             "token of another audience": Caller(
                 full.who, bad, bearer=f"Bearer {foreign}", verdict="TOKEN_INACTIVE"

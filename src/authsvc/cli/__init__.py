@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from authsvc.cli import clients, pki, resources, serve, tokens
+from authsvc.cli import (
+    api_keys,
+    clients,
+    keys,
+    pki,
+    registrations,
+    resources,
+    revocations,
+    serve,
+    tokens,
+)
 from authsvc.cli.output import EXITS
 
 _EPILOG = "\n".join(
@@ -33,8 +43,12 @@ app = typer.Typer(
 serve.register(app)
 pki.register(app)
 clients.register(app)
+registrations.register(app)
 resources.register(app)
 tokens.register(app)
+keys.register(app)
+api_keys.register(app)
+revocations.register(app)
 
 
 def _version(wanted: bool) -> None:

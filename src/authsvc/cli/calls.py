@@ -1,4 +1,4 @@
-"""Commands that call a server: client, resource, token."""
+"""Commands that call a server: client, resource, token, key."""
 
 import os
 import re
@@ -215,6 +215,11 @@ def secret_of_stdin(what: str) -> str:
     if not text:
         raise Failure(f"standard input holds no {what.lower()}")
     return text
+
+
+def secret_in(file: Path, what: str) -> str:
+    """A secret in a file, or on standard input where the file is `-`."""
+    return secret_of_stdin(what) if str(file) == "-" else file.read_text(encoding="utf-8").strip()
 
 
 def client_secret(from_stdin: bool) -> str:

@@ -1,12 +1,27 @@
 """Commands about clients."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum, auto
+from inspect import Signature, signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
-from authsvc.cli.calls import ALL, Limit, Scopes, Session, connected, more, span, time_of, words
+from authsvc.cli.calls import (
+    ALL,
+    Limit,
+    Scopes,
+    Session,
+    connected,
+    more,
+    secret_in,
+    span,
+    time_of,
+    words,
+)
 from authsvc.cli.output import Column, Failure, command
 
 if TYPE_CHECKING:  # all else is imported where it is used: `--help` does not wait for it
@@ -57,6 +72,8 @@ class Grant(StrEnum):
     JWT_BEARER = auto()
 
 
+Asked = tuple[Session, dict[str, Any]]
+"""A session, and the metadata that the options give."""
 ClientId = Annotated[str, typer.Argument(metavar="CLIENT_ID", help="Id of the client.")]
 Comment = Annotated[str, typer.Option(metavar="TEXT", help="Why; kept with the client.")]
 Etag = Annotated[
@@ -69,30 +86,37 @@ Etag = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the root."""
-    command(clients, connected, name="register")(register_client)
+    command(clients, described, name="register")(register_client)
     command(clients, connected, name="list")(list_clients)
-    for step in (show, approve, reject, suspend, resume):
+    command(clients, connected)(show)
+    command(clients, described)(update)
+    for step in (approve, reject, suspend, resume, delete):
         command(clients, connected)(step)
+    command(clients, connected, name="rotate-secret")(rotate_secret)
     app.add_typer(clients, name="client")
 
 
-def register_client(
-    session: Session,
-    name: Annotated[str, typer.Option(metavar="TEXT", help="Name for people.")],
+@contextmanager
+def described(
+    name: Annotated[str | None, typer.Option(metavar="TEXT", help="Name for people.")] = None,
     scope: Scopes = None,
-    san_uri: Annotated[str, typer.Option(metavar="URI", help="SPIFFE ID in its certificate.")] = "",
-    san_dns: Annotated[str, typer.Option(metavar="NAME", help="DNS name in its certificate.")] = "",
+    san_uri: Annotated[
+        str | None, typer.Option(metavar="URI", help="SPIFFE ID in its certificate.")
+    ] = None,
+    san_dns: Annotated[
+        str | None, typer.Option(metavar="NAME", help="DNS name in its certificate.")
+    ] = None,
     subject_dn: Annotated[
-        str, typer.Option(metavar="DN", help="Subject of its certificate (RFC 4514).")
-    ] = "",
+        str | None, typer.Option(metavar="DN", help="Subject of its certificate (RFC 4514).")
+    ] = None,
     ca_pin: Annotated[
-        str,
+        str | None,
         typer.Option(
-            metavar="HEX",
-            help="CA of that certificate, as `pki issue` tells.",
-            show_default="the only one",
+            metavar="PIN",
+            help="CA of that certificate, as `pki issue` tells; spiffe://DOMAIN for a bundle.",
+            show_default="for a new client: the only one",
         ),
-    ] = "",
+    ] = None,
     auth_method: Annotated[
         list[Method] | None,
         typer.Option(
@@ -101,12 +125,16 @@ def register_client(
             show_default="tls_client_auth with a certificate name, else client_secret_post",
         ),
     ] = None,
+    jwks: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Its public keys, for private_key_jwt (RFC 7517)."),
+    ] = None,
     grant: Annotated[
         list[Grant] | None,
         typer.Option(
             metavar="GRANT",
             help=f"Grant that it may use, repeatable: {', '.join(Grant)}.",
-            show_default="client_credentials",
+            show_default="for a new client: client_credentials",
         ),
     ] = None,
     validates: Annotated[
@@ -116,22 +144,90 @@ def register_client(
             help="Audience whose tokens it may validate beside its own resources; * for all.",
         ),
     ] = None,
+    may_act: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CLIENT_ID",
+            help="The only client that may act for it at an exchange.",
+            show_default="for a new client: any that its tokens are for",
+        ),
+    ] = None,
     bound: Annotated[
         bool | None,
         typer.Option(
             "--bound/--unbound",
             help="Its tokens are bound to its certificate.",
-            show_default="bound with a certificate name",
+            show_default="for a new client: bound with a certificate name",
         ),
     ] = None,
     contact: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="Whom to ask; may be repeated.")
     ] = None,
-    client_uri: Annotated[str, typer.Option(metavar="URI", help="Home page.")] = "",
+    client_uri: Annotated[str | None, typer.Option(metavar="URI", help="Home page.")] = None,
     software_id: Annotated[
-        str, typer.Option(metavar="ID", help="Software, over its instances.")
+        str | None, typer.Option(metavar="ID", help="Software, over its instances.")
+    ] = None,
+    software_version: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Version of it.")
+    ] = None,
+    **connection: Any,
+) -> Iterator[tuple[Session, dict[str, Any]]]:
+    """The options of `connected` and those of a client's metadata: what is given, by field."""
+    with connected(**connection) as session:
+        from authsvc_client.v1.clients_pb2 import ClientAuthMethod, GrantType
+
+        fields: dict[str, Any] = {
+            "client_name": name,
+            "scopes": None if scope is None else words(scope),
+            "tls_client_auth_san_uri": san_uri,
+            "tls_client_auth_san_dns": san_dns,
+            "tls_client_auth_subject_dn": subject_dn,
+            "tls_client_auth_ca": ca_pin,
+            "token_endpoint_auth_methods": auth_method
+            and [ClientAuthMethod.Value(f"CLIENT_AUTH_METHOD_{each.name}") for each in auth_method],
+            "jwks": Path(jwks).read_text(encoding="utf-8") if jwks else jwks,
+            "grant_types": grant and [GrantType.Value(f"GRANT_TYPE_{each.name}") for each in grant],
+            "validates": None if validates is None else words(validates),
+            "may_act": may_act,
+            "tls_client_certificate_bound_access_tokens": bound,
+            "contacts": None if contact is None else list(filter(None, contact)),
+            "client_uri": client_uri,
+            "software_id": software_id,
+            "software_version": software_version,
+        }
+        if sum(map(bool, (san_uri, san_dns, subject_dn))) > 1:
+            raise Failure("--san-uri, --san-dns and --subject-dn exclude each other")
+        yield session, {field: value for field, value in fields.items() if value is not None}
+
+
+described.__dict__["__signature__"] = Signature(
+    [
+        *(
+            each
+            for each in signature(described).parameters.values()
+            if each.kind != each.VAR_KEYWORD
+        ),
+        *signature(connected).parameters.values(),
+    ]
+)
+
+
+def register_client(
+    asked: Asked,
+    request_id: Annotated[
+        str,
+        typer.Option(
+            metavar="ID",
+            help="8 to 64 of A-Z a-z 0-9 _ -; the same one again within 10 minutes answers the same"
+            " client.",
+        ),
     ] = "",
-    software_version: Annotated[str, typer.Option(metavar="TEXT", help="Version of it.")] = "",
+    initial_access_token: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="File with the initial access token to use; - for standard input."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Tell what would be registered; change nothing.")
     ] = False,
@@ -143,41 +239,24 @@ def register_client(
     """Register a client, which then waits for its review.
 
     Administrators register any; `--as NAME` registers the name in that certificate. A client with a
-    certificate name needs no secret; the secret of another one is shown once, here.
+    certificate name needs no secret; the secret of another one is shown once, here, as is the
+    token by which a client reads, changes and deletes itself.
     """
     from authsvc_client.v1 import auth_pb2, clients_pb2
     from authsvc_client.v1.auth_pb2_grpc import AuthServiceStub
 
-    identity = {
-        "tls_client_auth_san_uri": san_uri,
-        "tls_client_auth_san_dns": san_dns,
-        "tls_client_auth_subject_dn": subject_dn,
-    }
-    identity = {field: value for field, value in identity.items() if value}
-    if len(identity) > 1:
-        raise Failure("--san-uri, --san-dns and --subject-dn exclude each other")
-    metadata = clients_pb2.ClientMetadata(
-        client_name=name,
-        scopes=words(scope),
-        tls_client_auth_ca=ca_pin,
-        token_endpoint_auth_methods=[
-            clients_pb2.ClientAuthMethod.Value(f"CLIENT_AUTH_METHOD_{method.name}")
-            for method in auth_method or ()
-        ],
-        grant_types=[
-            clients_pb2.GrantType.Value(f"GRANT_TYPE_{each.name}") for each in grant or ()
-        ],
-        validates=words(validates),
-        tls_client_certificate_bound_access_tokens=bound,
-        contacts=contact or (),
-        client_uri=client_uri,
-        software_id=software_id,
-        software_version=software_version,
-        **identity,
-    )
+    session, given = asked
+    if "client_name" not in given:
+        raise Failure("--name is missing")
+    token = initial_access_token
     answer = session.call(
         AuthServiceStub(session.channel).RegisterClient,
-        auth_pb2.RegisterClientRequest(metadata=metadata, validate_only=dry_run),
+        auth_pb2.RegisterClientRequest(
+            metadata=clients_pb2.ClientMetadata(**given),
+            request_id=request_id,
+            initial_access_token=secret_in(token, "Initial access token") if token else "",
+            validate_only=dry_run,
+        ),
     )
     _registered(session, answer, dry_run=dry_run, quiet=quiet)
 
@@ -191,13 +270,121 @@ def _registered(session: Session, answer: Any, *, dry_run: bool, quiet: bool) ->
             out.raw(line)
         return
     else:
-        _show(session, client, secret)
-        if secret:
-            out.note("The secret is shown this once: keep it where nobody else reads it.", "yellow")
+        show_client(session, client, secret, answer.registration_access_token)
+        shown_once(session, "secret" if secret else "", answer.registration_access_token)
     if dry_run:
         out.note("dry run: nothing was registered")
     elif client.client_id:
         out.steps(f"authsvc client approve {client.client_id}")
+
+
+def shown_once(session: Session, secret: str, registration_token: str = "") -> None:
+    """Tells so of what is there."""
+    what = " and ".join(filter(None, (secret, registration_token and "registration token")))
+    if what:
+        text = f"Shown this once: {what}. Keep it where nobody else reads it."
+        session.out.note(text, "yellow")
+
+
+def update(
+    asked: Asked,
+    client_id: ClientId,
+    expires_in: Annotated[
+        str | None,
+        typer.Option(metavar="SPAN", help="End of its approval: 12h, 90d; or never."),
+    ] = None,
+    etag: Etag = "",
+) -> None:
+    """Change what the options name, and nothing else.
+
+    An empty value takes it away: --scope '', --jwks ''. What is taken away cuts off the tokens that
+    the client has.
+    """
+    from google.protobuf.field_mask_pb2 import FieldMask
+    from google.protobuf.timestamp_pb2 import Timestamp
+
+    from authsvc_client.v1 import clients_pb2
+    from authsvc_client.v1.clients_pb2_grpc import ClientServiceStub
+
+    session, given = asked
+    paths = [f"metadata.{field}" for field in given]
+    end = None
+    if expires_in is not None:
+        paths.append("approval_expire_time")
+        if expires_in != "never":
+            end = Timestamp(seconds=int(session.now) + span(expires_in, "--expires-in"))
+    if not paths:
+        raise Failure("nothing to change", "authsvc client update --help tells what there is")
+    given.setdefault("client_name", "-")  # required in the message; counts where the mask has it
+    answer = session.call(
+        ClientServiceStub(session.channel).UpdateClient,
+        clients_pb2.UpdateClientRequest(
+            client=clients_pb2.Client(
+                client_id=client_id,
+                etag=etag,
+                metadata=clients_pb2.ClientMetadata(**given),
+                approval_expire_time=end,
+            ),
+            update_mask=FieldMask(paths=paths),
+        ),
+    )
+    if session.out.json:
+        return session.out.document(answer)
+    return show_client(session, answer.client)
+
+
+def delete(session: Session, client_id: ClientId, etag: Etag = "") -> None:
+    """Delete a client, and kill every token that it has."""
+    from authsvc_client.v1 import clients_pb2
+    from authsvc_client.v1.clients_pb2_grpc import ClientServiceStub
+
+    answer = session.call(
+        ClientServiceStub(session.channel).DeleteClient,
+        clients_pb2.DeleteClientRequest(client_id=client_id, etag=etag),
+    )
+    if session.out.json:
+        return session.out.document(answer)
+    session.out.pairs((("client_id", client_id), ("revision", answer.revision)))
+    return session.out.note("Every token that it had is dead.")
+
+
+def rotate_secret(
+    session: Session,
+    client_id: ClientId,
+    overlap: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPAN",
+            help="How long the old secret works too: 12h, 30d at most.",
+            show_default="not at all",
+        ),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the secret alone.")] = False,
+) -> None:
+    """Make a new secret of a client; it is shown once, here."""
+    from google.protobuf.timestamp_pb2 import Timestamp
+
+    from authsvc_client.v1 import clients_pb2
+    from authsvc_client.v1.clients_pb2_grpc import ClientServiceStub
+
+    request = clients_pb2.RotateClientSecretRequest(client_id=client_id)
+    if overlap is not None:
+        end = int(session.now) + span(overlap, "--overlap")
+        request.overlap_end_time.CopyFrom(Timestamp(seconds=end))
+    answer = session.call(ClientServiceStub(session.channel).RotateClientSecret, request)
+    if session.out.json:
+        return session.out.document(answer)
+    if quiet:
+        return session.out.raw(answer.client_secret)
+    session.out.pairs(
+        (
+            ("client_id", client_id),
+            ("client_secret", Text(answer.client_secret, "bold")),
+            ("old one until", time_of(request, "overlap_end_time", session.now)),
+            ("revision", answer.revision),
+        )
+    )
+    return shown_once(session, "secret")
 
 
 def list_clients(
@@ -222,7 +409,7 @@ def list_clients(
     if not found.clients:
         return out.note("no clients" if state is None else f"no {state} clients")
     columns = [Column("CLIENT ID", is_id=True), Column("NAME"), Column("STATE", is_id=True)]
-    columns += [Column("IDENTITY", is_id=True), Column("SCOPES")]
+    columns += [Column("IDENTITY", is_id=True), Column("SCOPES"), Column("BEYOND POLICY")]
     out.table(
         columns,
         [
@@ -230,8 +417,9 @@ def list_clients(
                 client.client_id,
                 client.metadata.client_name,
                 _state(client),
-                _identity(client.metadata) or "secret",
+                _identity(client.metadata) or _methods(client.metadata)[0],
                 " ".join(client.metadata.scopes),
+                ", ".join(client.policy_diff),
             )
             for client in found.clients
         ],
@@ -251,8 +439,8 @@ def show(session: Session, client_id: ClientId) -> None:
     if session.out.json:
         return session.out.document(answer)
     client = answer.client
-    _show(session, client)
-    if client.state == clients_pb2.CLIENT_STATE_PENDING:
+    show_client(session, client)
+    if client.state in (clients_pb2.CLIENT_STATE_PENDING, clients_pb2.CLIENT_STATE_EXPIRED):
         session.out.steps(
             f"authsvc client approve {client_id} --etag {client.etag}",
             f"authsvc client reject {client_id} --etag {client.etag} --comment …",
@@ -270,7 +458,7 @@ def approve(
         typer.Option(metavar="SPAN", help="End of the approval: 12h, 90d.", show_default="never"),
     ] = None,
 ) -> None:
-    """Let a pending client in."""
+    """Let a pending client in, or an expired one again."""
     fields: dict[str, Any] = {}
     if expires_in is not None:
         from google.protobuf.timestamp_pb2 import Timestamp
@@ -283,7 +471,7 @@ def approve(
 
 
 def reject(session: Session, client_id: ClientId, comment: Comment = "", etag: Etag = "") -> None:
-    """Turn a pending client away, for good."""
+    """Turn a pending or expired client away, for good."""
     _step(session, "Reject", client_id, comment, etag)
 
 
@@ -319,17 +507,20 @@ def _step(
             ("name", client.metadata.client_name),
             ("state", _state(client)),
             ("approved until", time_of(client, "approval_expire_time", session.now)),
+            ("beyond policy", list(client.policy_diff)),
             ("revision", answer.revision),
         )
     )
     return client
 
 
-def _show(session: Session, client: "clients_pb2.Client", secret: str = "") -> None:
+def show_client(
+    session: Session, client: "clients_pb2.Client", secret: str = "", registration_token: str = ""
+) -> None:
+    """All of it, with what is shown once."""
     from authsvc_client.v1 import clients_pb2
 
     metadata, now = client.metadata, session.now
-    methods = map(clients_pb2.ClientAuthMethod.Name, metadata.token_endpoint_auth_methods)
     grants = map(clients_pb2.GrantType.Name, metadata.grant_types)
     bound = metadata.tls_client_certificate_bound_access_tokens
     session.out.pairs(
@@ -340,10 +531,12 @@ def _show(session: Session, client: "clients_pb2.Client", secret: str = "") -> N
             ("identity", _identity(metadata)),
             ("ca_pin", metadata.tls_client_auth_ca),
             ("scopes", list(metadata.scopes)),
-            ("auth methods", [m.removeprefix("CLIENT_AUTH_METHOD_").lower() for m in methods]),
+            ("auth methods", _methods(metadata)),
+            ("keys", "given" if metadata.jwks else ""),
             ("grants", [g.removeprefix("GRANT_TYPE_").lower() for g in grants]),
             ("tokens", "bound to its certificate" if bound else "not bound"),
             ("validates", list(metadata.validates)),
+            ("may_act", metadata.may_act),
             ("contacts", list(metadata.contacts)),
             ("client_uri", metadata.client_uri),
             ("software", f"{metadata.software_id} {metadata.software_version}".strip()),
@@ -353,11 +546,19 @@ def _show(session: Session, client: "clients_pb2.Client", secret: str = "") -> N
             ("by ", client.reviewer),
             ("comment", client.review_comment),
             ("approved until", time_of(client, "approval_expire_time", now)),
-            ("policy", list(client.policy_diff)),
+            ("beyond policy", list(client.policy_diff)),
             ("etag", client.etag),
             ("client_secret", Text(secret, "bold") if secret else ""),
+            ("token of its own", Text(registration_token, "bold") if registration_token else ""),
         )
     )
+
+
+def _methods(metadata: "clients_pb2.ClientMetadata") -> list[str]:
+    from authsvc_client.v1 import clients_pb2
+
+    names = map(clients_pb2.ClientAuthMethod.Name, metadata.token_endpoint_auth_methods)
+    return [name.removeprefix("CLIENT_AUTH_METHOD_").lower() for name in names]
 
 
 def _identity(metadata: "clients_pb2.ClientMetadata") -> str:

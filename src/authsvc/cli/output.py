@@ -68,6 +68,7 @@ EXIT_OF_CODE: Mapping[str, Exit] = {
 
 HINTS: Mapping[str, str] = {
     "ALREADY_EXISTS": "look at what is there: authsvc resource list",
+    "API_KEY_NOT_FOUND": "authsvc api-key list tells the ids",
     "AUTH_METHOD_NOT_REGISTERED": "authsvc client show CLIENT_ID tells what it registered",
     "CALLER_UNKNOWN": "show another certificate: --as NAME, or --cert and --key;"
     " a new client needs `client register` and `client approve` first",
@@ -81,6 +82,8 @@ HINTS: Mapping[str, str] = {
     "CLIENT_SUSPENDED": "an administrator lets it in again: authsvc client resume CLIENT_ID",
     "COMMIT_UNKNOWN": "look first whether it was done, then try again",
     "ETAG_MISMATCH": "look again (authsvc client show CLIENT_ID), then use the new etag",
+    "GRANT_NOT_FOUND": "it is over already, or never was",
+    "INITIAL_ACCESS_TOKEN_NOT_FOUND": "authsvc registration-token list tells the ids",
     "INSUFFICIENT_SCOPE": "ask an administrator, or be one: --as admin in the development PKI",
     "INVALID_CLIENT_METADATA": "authsvc client register --help; the scopes that there are:"
     " authsvc resource list",
@@ -89,11 +92,19 @@ HINTS: Mapping[str, str] = {
     "PEER_CERTIFICATE_INVALID": "show a client certificate of the server's CA: --as NAME",
     "REGISTRATION_NOT_ALLOWED": "a peer registers the name in its own certificate (--san-uri …);"
     " all else is for administrators: --as admin in the development PKI",
+    "REGISTRATION_TOKEN_INVALID": "an administrator makes initial access tokens (authsvc"
+    " registration-token create); the token of a client that is gone, or was cut off, is none any"
+    " more",
+    "REQUEST_ID_REUSED": "another --request-id, or the same request as before",
     "RESOURCE_NOT_FOUND": "authsvc resource list tells the ids",
     "SCOPE_NOT_ALLOWED": "authsvc client show CLIENT_ID tells its scopes",
     "SCOPE_UNKNOWN": "authsvc resource list tells the scopes that there are",
+    "SIGNING_KEY_NOT_FOUND": "authsvc key list tells the ids",
+    "SIGNING_KEY_NOT_READY": "wait until then; a stolen key is not waited for: authsvc key taint",
+    "SIGNING_KEY_STATE_CONFLICT": "authsvc key list tells which key is next and which signs",
     "STATE_STALE": "try again; the server's log tells why it lost its database",
     "STORE_UNAVAILABLE": "is the database up, and are its name, user and password right?",
+    "SUBJECT_NOT_FOUND": "authsvc client list tells the ids",
     "TOKEN_NOT_OWNED": "revoke it as its client (--as NAME), or as an administrator by --jti"
     " (authsvc token inspect tells it)",
 }

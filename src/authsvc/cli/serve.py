@@ -170,11 +170,16 @@ def _where(settings: "Settings", app: "App") -> dict[str, Any]:
     pki = settings.state_dir / "pki" if settings.tls.certificate is None else None
     files = {"ca": "ca.pem", "admin_certificate": "admin.pem", "admin_key": "admin-key.pem"}
     metrics = address(_reachable(listen.metrics_host), app.metrics_port)
+    tls_only = {}
+    if app.tls_port:
+        where = address(_reachable(listen.tls_host), app.tls_port)
+        tls_only = {"tls_address": where, "tls_port": app.tls_port}
     return {
         "pid": os.getpid(),
         "issuer": settings.issuer,
         "address": address(_reachable(listen.host), app.port),
         "port": app.port,
+        **tls_only,
         "health_address": address(_reachable(listen.health_host), app.health_port),
         "health_port": app.health_port,
         "metrics_url": f"http://{metrics}/metrics",
@@ -199,9 +204,11 @@ def _banner(out: Output, settings: "Settings", app: "App", made: list[str]) -> N
     where = _where(settings, app)
     state_dir = settings.state_dir.absolute()
     out.title(f"authsvc serves on {where['address']} (gRPC, mTLS)")
+    tls_only = (("TLS only", f"{where['tls_address']} (gRPC)"),) if "tls_port" in where else ()
     out.pairs(
         (
             ("issuer", where["issuer"]),
+            *tls_only,
             ("health", f"{where['health_address']} (gRPC, without TLS)"),
             ("metrics", where["metrics_url"]),
             ("state", str(state_dir)),

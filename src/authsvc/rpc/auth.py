@@ -1,5 +1,6 @@
 """AuthService: decode, call the verb, encode."""
 
+import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 
@@ -12,9 +13,10 @@ from authsvc.feed.watch import WatchChanges
 from authsvc.issue import IssueToken, TokenRequest
 from authsvc.model import SCOPE_ADMIN, Caller, GrantType
 from authsvc.oauth.policy import NOT_LET_IN
+from authsvc.refresh import RefreshRequest, RefreshToken
 from authsvc.register import RegisterClient
 from authsvc.revoke import Revocation, RevokeToken
-from authsvc.rpc import convert
+from authsvc.rpc import convert, registered
 from authsvc.rpc.limits import field_invalid
 from authsvc.rpc.pipeline import Call, Prepare
 from authsvc.telemetry import Metrics
@@ -23,9 +25,9 @@ from authsvc_client.core.reason import Reason as Verdicts
 from authsvc_client.core.state import State
 from authsvc_client.v1 import auth_pb2
 
-KEYS_MAX_AGE_S = 300
-
 log = structlog.get_logger()
+
+_request_id = re.compile(r"[A-Za-z0-9_-]{8,64}").fullmatch
 
 
 class AuthServicer:
@@ -38,6 +40,7 @@ class AuthServicer:
         self,
         *,
         issue: IssueToken,
+        refresh: RefreshToken,
         validate: ValidateToken,
         revoke: RevokeToken,
         register: RegisterClient,
@@ -45,21 +48,26 @@ class AuthServicer:
         authenticate: Authenticate,
         state: State,
         metrics: Metrics,
+        client_pb: registered.ClientEncoder,
+        keys_max_age_s: int,
     ) -> None:
         self._issue = issue
+        self._refresh = refresh
         self._validate = validate
         self._revoke = revoke
         self._register = register
         self._watch = watch
         self._authenticate = authenticate
         self._state = state
+        self._client_pb = client_pb
+        self._keys_max_age_s = keys_max_age_s
         self._encode = convert.VerdictEncoder()
         self._judged = {reason: metrics.verdicts.labels(reason.name).inc for reason in Verdicts}
 
     async def IssueToken(
         self, request: auth_pb2.IssueTokenRequest, call: Call
     ) -> auth_pb2.IssueTokenResponse:
-        """Grants other than client_credentials, and DPoP, are not built yet."""
+        """Grants of people, and DPoP, are not built yet."""
         grant = request.WhichOneof("grant")
         if grant is None:
             raise AuthError(Reason.GRANT_MISSING)
@@ -69,6 +77,7 @@ class AuthServicer:
             _credentials(request.client_id, request.client_credential, call),
             tuple(request.scopes),
             tuple(request.resources),
+            convert.exchange(request.token_exchange) if grant == "token_exchange" else None,
         )
         answer = await self._issue(asked, call.peer)
         log.info(
@@ -80,9 +89,29 @@ class AuthServicer:
         )
         return auth_pb2.IssueTokenResponse(token=convert.issued_pb(answer))
 
+    async def RefreshToken(
+        self, request: auth_pb2.RefreshTokenRequest, call: Call
+    ) -> auth_pb2.RefreshTokenResponse:
+        """DPoP is not built yet."""
+        convert.require_absent(request, "dpop_proof")
+        asked = RefreshRequest(
+            request.refresh_token,
+            _credentials(request.client_id, request.client_credential, call),
+            tuple(request.scopes),
+            tuple(request.resources),
+        )
+        answer = await self._refresh(asked, call.peer)
+        log.info("token.refreshed", client=request.client_id, jti=answer.jti)
+        return auth_pb2.RefreshTokenResponse(token=convert.issued_pb(answer))
+
     async def ValidateToken(self, asked: convert.Asked, call: Call) -> bytes:
         """Warm: no database, no signature check."""
-        verdict = await self._validate(asked.token, asked.by(call.caller.audiences))
+        verdict = await self._validate(
+            asked.token,
+            asked.by(call.caller.audiences),
+            at_least=asked.at_least,
+            strong=asked.strong,
+        )
         self._judged[verdict.reason]()
         return self._encode(verdict, asked.view)
 
@@ -112,7 +141,7 @@ class AuthServicer:
         """
         if request.client_id:
             offered = _credentials(request.client_id, request.client_credential, call)
-            return (await self._authenticate(offered, call.peer, call.now)).client_id
+            return (await self._authenticate(offered, call.peer)).client.client_id
         if request.HasField("client_credential"):
             raise field_invalid("client_id", "is required with client_credential")
         caller = await call.require_caller()
@@ -121,17 +150,23 @@ class AuthServicer:
     async def RegisterClient(
         self, request: auth_pb2.RegisterClientRequest, call: Call
     ) -> auth_pb2.RegisterClientResponse:
-        """`request_id` and initial access tokens are not built yet."""
-        convert.require_absent(request, "request_id", "initial_access_token")
+        """Registers a client."""
+        if request.request_id and not _request_id(request.request_id):
+            raise field_invalid("request_id", "is not 8 to 64 characters of A-Z a-z 0-9 _ -")
+        bears = bool(request.initial_access_token)
         found = await self._register(
-            convert.registration(request.metadata),
-            await _registrant(call),
+            registered.registration(request.metadata),
+            None if bears else await _registrant(call),
             call.peer,
             call.now,
             dry=request.validate_only,
+            request_id=request.request_id,
+            initial_access_token=request.initial_access_token,
         )
         return auth_pb2.RegisterClientResponse(
-            client=convert.client_pb(found.client), client_secret=found.secret
+            client=self._client_pb(found.client),
+            client_secret=found.secret,
+            registration_access_token=found.registration_token,
         )
 
     async def WatchChanges(
@@ -149,7 +184,8 @@ class AuthServicer:
         """The JWK set."""
         jwks = [verifier.jwk for verifier in self._state.keys.by_kid.values()]
         return auth_pb2.GetKeysResponse(
-            keys=[auth_pb2.Jwk(**jwk) for jwk in jwks], max_age=Duration(seconds=KEYS_MAX_AGE_S)
+            keys=[auth_pb2.Jwk(**jwk) for jwk in jwks],
+            max_age=Duration(seconds=self._keys_max_age_s),
         )
 
 
@@ -173,8 +209,10 @@ def _credentials(client_id: str, credential: auth_pb2.ClientCredential, call: Ca
 
 
 def _revoked(done: Revocation) -> auth_pb2.RevokeTokenResponse:
-    kind = auth_pb2.MARKER_KIND_TOKEN_DEAD
     return auth_pb2.RevokeTokenResponse(
         revision=done.revision,
-        revoked=[auth_pb2.RevokedObject(kind=kind, id=jti) for jti in done.jtis],
+        revoked=[
+            auth_pb2.RevokedObject(kind=auth_pb2.MarkerKind.ValueType(dead.kind), id=dead.ids[0])
+            for dead in done.killed
+        ],
     )

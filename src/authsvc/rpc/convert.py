@@ -10,34 +10,19 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from authsvc.errors import AuthError, Reason, not_implemented
 from authsvc.feed.watch import Event
-from authsvc.issue import TokenAnswer
+from authsvc.grants.proof import Exchange
+from authsvc.identify import NEVER
+from authsvc.mint import TokenAnswer
 from authsvc.model import (
-    AuthMethod,
-    Client,
-    GrantType,
-    IdentityKind,
     Resource,
+    SigningKey,
     TokenFormat,
 )
-from authsvc.register import Registration, invalid
 from authsvc.rpc.limits import field_invalid
-from authsvc.rpc.peer import canonical_dn
 from authsvc_client.core.claims import Claims
 from authsvc_client.core.judge import Question, Verdict
 from authsvc_client.core.markers import Marker
-from authsvc_client.v1 import auth_pb2, clients_pb2, error_reason_pb2, resources_pb2
-
-TEXTS = (
-    "client_uri",
-    "logo_uri",
-    "policy_uri",
-    "tos_uri",
-    "software_id",
-    "software_version",
-)
-_IDENTITY_FIELDS = {f"tls_client_auth_{kind.value}": kind for kind in IdentityKind}
-# Fields that a later version will honour: refused, never ignored.
-_METADATA_LATER = ("redirect_uris", "jwks", "jwks_uri", "software_statement")
+from authsvc_client.v1 import auth_pb2, error_reason_pb2, keys_pb2, resources_pb2
 
 
 def timestamp(seconds: float | None) -> Timestamp | None:
@@ -71,78 +56,8 @@ def version_of(etag: str) -> int | None:
     return int(etag)
 
 
-def registration(metadata: clients_pb2.ClientMetadata) -> Registration:
-    """Metadata as they came. Raises AuthError NOT_IMPLEMENTED."""
-    require_absent(metadata, *_METADATA_LATER)
-    field = metadata.WhichOneof("tls_client_auth")
-    bound = None
-    if metadata.HasField("tls_client_certificate_bound_access_tokens"):
-        bound = metadata.tls_client_certificate_bound_access_tokens
-    return Registration(
-        client_name=metadata.client_name,
-        grant_types=frozenset(map(GrantType, metadata.grant_types)),
-        auth_methods=frozenset(map(AuthMethod, metadata.token_endpoint_auth_methods)),
-        scopes=frozenset(metadata.scopes),
-        identity_kind=_IDENTITY_FIELDS[field] if field else None,
-        identity_value=_identity_value(metadata, field) if field else "",
-        identity_ca=metadata.tls_client_auth_ca,
-        bound_access_tokens=bound,
-        validates=frozenset(metadata.validates),
-        texts={name: getattr(metadata, name) for name in TEXTS if getattr(metadata, name)},
-        contacts=tuple(metadata.contacts),
-    )
-
-
-def _identity_value(metadata: clients_pb2.ClientMetadata, field: str) -> str:
-    """The certificate name; a subject in the spelling that peers are compared in (RFC 4514)."""
-    value: str = getattr(metadata, field)
-    if value and _IDENTITY_FIELDS[field] is IdentityKind.SUBJECT_DN:
-        try:
-            return canonical_dn(value)
-        except ValueError as error:
-            raise invalid(field, "is no distinguished name of RFC 4514") from error
-    return value
-
-
-def client_pb(client: Client) -> clients_pb2.Client:
-    """A client, never its secret."""
-    metadata = client.metadata
-    identity = metadata.identity
-    names = {f"tls_client_auth_{identity.kind.value}": identity.value} if identity else {}
-    return clients_pb2.Client(
-        client_id=client.client_id,
-        metadata=clients_pb2.ClientMetadata(
-            client_name=metadata.client_name,
-            grant_types=[
-                clients_pb2.GrantType.ValueType(grant) for grant in sorted(metadata.grant_types)
-            ],
-            token_endpoint_auth_methods=[
-                clients_pb2.ClientAuthMethod.ValueType(method)
-                for method in sorted(metadata.auth_methods)
-            ],
-            scopes=sorted(metadata.scopes),
-            tls_client_auth_ca=identity.ca if identity else "",
-            tls_client_certificate_bound_access_tokens=metadata.bound_access_tokens,
-            validates=sorted(metadata.validates),
-            contacts=metadata.contacts,
-            **names,
-            **metadata.texts,
-        ),
-        state=clients_pb2.ClientState.ValueType(client.state),
-        reviewer=client.reviewer,
-        review_comment=client.review_comment,
-        review_time=timestamp(client.review_time),
-        approval_expire_time=timestamp(client.approval_expire_time),
-        etag=str(client.version),
-        create_time=timestamp(client.create_time),
-        update_time=timestamp(client.update_time),
-        registrant=client.registrant,
-    )
-
-
 def resource(message: resources_pb2.Resource) -> Resource:
-    """A resource to create, defaults filled in. Raises AuthError NOT_IMPLEMENTED."""
-    require_absent(message, "encryption_jwk", "freeze_permissions")
+    """A resource as it is asked for, defaults filled in."""
     names = [scope.name for scope in message.scopes]
     if len(set(names)) != len(names):
         raise field_invalid("resource.scopes", "has an item twice")
@@ -158,6 +73,8 @@ def resource(message: resources_pb2.Resource) -> Resource:
         token_format=TokenFormat(message.token_format or TokenFormat.JWT),
         token_lifetime_s=lifetime,
         staleness_max_s=message.staleness_max.seconds if bounded else None,
+        encryption_jwk=message.encryption_jwk,
+        freeze_permissions=message.freeze_permissions,
     )
 
 
@@ -175,29 +92,58 @@ def resource_pb(found: Resource) -> resources_pb2.Resource:
         token_format=resources_pb2.TokenFormat.ValueType(found.token_format),
         token_lifetime=Duration(seconds=found.token_lifetime_s),
         staleness_max=Duration(seconds=bound) if bound is not None else None,
+        encryption_jwk=found.encryption_jwk,
+        freeze_permissions=found.freeze_permissions,
         etag=str(found.version),
         create_time=timestamp(found.create_time),
         update_time=timestamp(found.update_time),
     )
 
 
+def signing_key_pb(key: SigningKey) -> keys_pb2.SigningKey:
+    """A signing key, without its key material."""
+    return keys_pb2.SigningKey(
+        kid=key.kid,
+        alg=key.alg,
+        state=keys_pb2.SigningKeyState.Value(f"SIGNING_KEY_STATE_{key.state.name}"),
+        create_time=timestamp(key.create_time),
+        ready_time=timestamp(key.ready_time),
+        activate_time=timestamp(key.activate_time),
+        retire_time=timestamp(key.retire_time),
+        taint_time=timestamp(key.taint_time),
+    )
+
+
+def exchange(grant: auth_pb2.TokenExchangeGrant) -> Exchange:
+    """Parameters of a token exchange."""
+    return Exchange(
+        grant.subject_token,
+        grant.subject_token_type,
+        grant.actor_token,
+        grant.actor_token_type,
+        grant.requested_token_type,
+    )
+
+
 def issued_pb(answer: TokenAnswer) -> auth_pb2.IssuedToken:
-    """A token that was issued."""
+    """What was issued: an access token, or a refresh token alone (RFC 8693 section 2.2.1)."""
     return auth_pb2.IssuedToken(
         access_token=answer.access_token,
-        token_type="Bearer",  # noqa: S106 - RFC 6750
+        token_type="Bearer" if answer.access_token else "N_A",
         expire_time=Timestamp(seconds=answer.expires),
         expires_in=Duration(seconds=answer.lifetime_s),
         scopes=answer.scopes,
         audiences=answer.audiences,
         jti=answer.jti,
+        refresh_token=answer.refresh_token,
+        issued_token_type=answer.issued_token_type,
     )
 
 
 class Asked:
     """What a ValidateTokenRequest asks, whoever sends it: made once for the same bytes."""
 
-    __slots__ = ("_question", "token", "view")
+    __slots__ = ("_question", "at_least", "strong", "token", "view")
 
     def __init__(self, request: auth_pb2.ValidateTokenRequest) -> None:
         """Raises AuthError NOT_IMPLEMENTED for what is not judged yet."""
@@ -209,10 +155,6 @@ class Asked:
             raise not_implemented("max_age")
         if request.view == auth_pb2.TOKEN_VIEW_FULL:
             raise not_implemented("view FULL")
-        if request.HasField("consistency"):
-            level = request.consistency.WhichOneof("level")
-            if level not in (None, "bounded"):
-                raise not_implemented(f"consistency {level}")
         thumbprint = ""
         if request.HasField("presenter"):
             if request.presenter.HasField("dpop"):
@@ -220,6 +162,8 @@ class Asked:
             thumbprint = request.presenter.certificate_thumbprint
         self.token = request.token
         self.view = request.view
+        self.at_least = request.consistency.at_least
+        self.strong = request.consistency.HasField("strong")
         self._question = Question(
             frozenset(),
             request.audience,
@@ -282,7 +226,7 @@ def claims_pb(claims: Claims) -> auth_pb2.TokenClaims:
         issuer=claims.issuer,
         subject=claims.subject,
         audiences=claims.audiences,
-        expire_time=timestamp(claims.expires),
+        expire_time=timestamp(claims.expires) if claims.expires < NEVER else None,
         issue_time=timestamp(claims.issued),
         jti=claims.jti,
         client_id=claims.client_id,
@@ -297,6 +241,8 @@ def claims_pb(claims: Claims) -> auth_pb2.TokenClaims:
         amr=claims.amr,
         actor=_actor_pb(claims.actors),
         root_jti=claims.root_jti,
+        may_act=claims.may_act,
+        key_ids=claims.key_ids,
     )
 
 

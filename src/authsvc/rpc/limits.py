@@ -95,6 +95,7 @@ def inside(_value: Any) -> str | None:
 ID, URI, RESOURCE_ID, SCOPE = text(64), text(2048), text(512), text(128)
 PAGE: Mapping[str, Check] = {"page_size": number(0, 200), "page_token": text(512)}
 REVIEW: Mapping[str, Check] = {"client_id": ID, "etag": ID, "comment": text(1024)}
+REVOCATION: Mapping[str, Check] = {"comment": text(1024), "validate_only": anything}
 
 LIMITS: Mapping[str, Mapping[str, Check]] = {
     "ClientCredential": {"client_secret": text(256), "client_assertion": text(8192)},
@@ -121,6 +122,14 @@ LIMITS: Mapping[str, Mapping[str, Check]] = {
         "device_code": inside,
         "token_exchange": inside,
         "jwt_bearer": inside,
+        "client_id": ID,
+        "client_credential": inside,
+        "scopes": texts(64, 128),
+        "resources": texts(8, 512),
+        "dpop_proof": text(4096),
+    },
+    "RefreshTokenRequest": {
+        "refresh_token": text(512),
         "client_id": ID,
         "client_credential": inside,
         "scopes": texts(64, 128),
@@ -160,7 +169,7 @@ LIMITS: Mapping[str, Mapping[str, Check]] = {
         "tls_client_auth_san_uri": URI,
         "tls_client_auth_san_dns": text(253),
         "tls_client_auth_subject_dn": text(1024),
-        "tls_client_auth_ca": ID,
+        "tls_client_auth_ca": text(264),
         "tls_client_certificate_bound_access_tokens": anything,
         "redirect_uris": texts(32, 2048),
         "jwks": text(16384),
@@ -174,6 +183,7 @@ LIMITS: Mapping[str, Mapping[str, Check]] = {
         "software_version": ID,
         "software_statement": text(16384),
         "validates": texts(64, 512),
+        "may_act": ID,
     },
     "RegisterClientRequest": {
         "metadata": inside,
@@ -185,10 +195,61 @@ LIMITS: Mapping[str, Mapping[str, Check]] = {
     "GetKeysRequest": {},
     "GetClientRequest": {"client_id": ID},
     "ListClientsRequest": {**PAGE, "state": choice},
+    "Client": {
+        "client_id": ID,
+        "metadata": inside,
+        "approval_expire_time": moment,
+        "etag": ID,
+        "state": choice,
+        **dict.fromkeys(  # output only
+            (
+                "reviewer",
+                "review_comment",
+                "review_time",
+                "create_time",
+                "update_time",
+                "registrant",
+                "policy_diff",
+            ),
+            anything,
+        ),
+    },
+    "UpdateClientRequest": {"client": inside, "update_mask": inside},
+    "DeleteClientRequest": {"client_id": ID, "etag": ID},
+    "RotateClientSecretRequest": {"client_id": ID, "overlap_end_time": moment},
+    "InitialAccessToken": {
+        "initial_access_token_id": anything,  # output only
+        "display_name": text(128),
+        "uses_left": number(0, 1000),
+        "expire_time": moment,
+        "create_time": anything,  # output only
+    },
+    "CreateInitialAccessTokenRequest": {"initial_access_token": inside},
+    "ListInitialAccessTokensRequest": PAGE,
+    "DeleteInitialAccessTokenRequest": {"initial_access_token_id": ID},
+    "GetOwnClientRequest": {"registration_access_token": text(256)},
+    "UpdateOwnClientRequest": {
+        "registration_access_token": text(256),
+        "client_id": ID,
+        "metadata": inside,
+    },
+    "DeleteOwnClientRequest": {"registration_access_token": text(256)},
     "ApproveClientRequest": {**REVIEW, "approval_expire_time": moment},
     "RejectClientRequest": REVIEW,
     "SuspendClientRequest": REVIEW,
     "ResumeClientRequest": REVIEW,
+    "FieldMask": {"paths": texts(64, 128)},
+    "ApiKey": {
+        "api_key_id": anything,  # output only
+        "client_id": ID,
+        "display_name": text(128),
+        "scopes": texts(256, 128),
+        "expire_time": moment,
+        "create_time": anything,  # output only
+    },
+    "CreateApiKeyRequest": {"api_key": inside},
+    "ListApiKeysRequest": {**PAGE, "client_id": ID},
+    "DeleteApiKeyRequest": {"api_key_id": ID},
     "Scope": {"name": SCOPE, "description": text(256)},
     "Resource": {
         "resource_id": RESOURCE_ID,
@@ -206,8 +267,23 @@ LIMITS: Mapping[str, Mapping[str, Check]] = {
     },
     "CreateResourceRequest": {"resource": inside},
     "GetResourceRequest": {"resource_id": RESOURCE_ID},
+    "UpdateResourceRequest": {"resource": inside, "update_mask": inside},
+    "DeleteResourceRequest": {"resource_id": RESOURCE_ID, "etag": ID},
     # A sealed id of a resource is longer than the id itself.
     "ListResourcesRequest": {**PAGE, "page_token": text(1024), "owner_client_id": ID},
+    "RevokeSubjectRequest": {"subject": ID, **REVOCATION},
+    "RevokeClientRequest": {"client_id": ID, **REVOCATION},
+    "RevokeSubjectClientRequest": {"subject": ID, "client_id": ID, **REVOCATION},
+    "RevokeSessionRequest": {"session_id": ID, **REVOCATION},
+    "RevokeGrantRequest": {"grant_id": ID, **REVOCATION},
+    "RevokeEverythingRequest": REVOCATION,
+    "ListGrantsRequest": {**PAGE, "subject": ID, "client_id": ID, "session_id": ID},
+    "EndGrantRequest": {"grant_id": ID},
+    "ListSigningKeysRequest": PAGE,
+    "PrepareSigningKeyRequest": {"alg": text(16)},
+    "ActivateSigningKeyRequest": {"kid": ID},
+    "RetireSigningKeyRequest": {"kid": ID},
+    "TaintSigningKeyRequest": {"kid": ID, "comment": text(1024), "validate_only": anything},
 }
 """Message -> field -> check. A field that is not here makes the server refuse to start."""
 
@@ -216,18 +292,42 @@ ITEMS_MAX = {"Resource.scopes": 256}
 
 REQUIRED: Mapping[str, tuple[str, ...]] = {
     "IssueTokenRequest": ("client_id",),
+    "TokenExchangeGrant": ("subject_token", "subject_token_type"),
+    "RefreshTokenRequest": ("refresh_token", "client_id"),
     "ValidateTokenRequest": ("token",),
     "ClientMetadata": ("client_name",),
     "RegisterClientRequest": ("metadata",),
     "GetClientRequest": ("client_id",),
+    "UpdateClientRequest": ("client", "update_mask"),
+    "DeleteClientRequest": ("client_id",),
+    "RotateClientSecretRequest": ("client_id",),
+    "InitialAccessToken": ("expire_time",),
+    "CreateInitialAccessTokenRequest": ("initial_access_token",),
+    "DeleteInitialAccessTokenRequest": ("initial_access_token_id",),
+    "GetOwnClientRequest": ("registration_access_token",),
+    "UpdateOwnClientRequest": ("registration_access_token", "client_id", "metadata"),
+    "DeleteOwnClientRequest": ("registration_access_token",),
     "ApproveClientRequest": ("client_id",),
     "RejectClientRequest": ("client_id",),
     "SuspendClientRequest": ("client_id",),
     "ResumeClientRequest": ("client_id",),
+    "CreateApiKeyRequest": ("api_key",),
+    "DeleteApiKeyRequest": ("api_key_id",),
     "Scope": ("name",),
     "Resource": ("resource_id",),
     "CreateResourceRequest": ("resource",),
     "GetResourceRequest": ("resource_id",),
+    "UpdateResourceRequest": ("resource", "update_mask"),
+    "DeleteResourceRequest": ("resource_id",),
+    "RevokeSubjectRequest": ("subject",),
+    "RevokeClientRequest": ("client_id",),
+    "RevokeSubjectClientRequest": ("subject", "client_id"),
+    "RevokeSessionRequest": ("session_id",),
+    "RevokeGrantRequest": ("grant_id",),
+    "EndGrantRequest": ("grant_id",),
+    "ActivateSigningKeyRequest": ("kid",),
+    "RetireSigningKeyRequest": ("kid",),
+    "TaintSigningKeyRequest": ("kid",),
 }
 
 assert TOKEN_CHARS_MAX < MESSAGE_BYTES_MAX

@@ -1,9 +1,11 @@
 """Who is on the connection: from gRPC's certificates to `model.Peer` (RFC 8705, X509-SVID)."""
 
 import hashlib
-from base64 import urlsafe_b64encode
+import json
+from base64 import b64decode, urlsafe_b64encode
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Final, TypeAlias, TypeVar
@@ -31,13 +33,45 @@ PRESENTED_BYTES_MAX: Final = 64 * 1024
 PRESENTED_CERTIFICATES_MAX: Final = 4
 """Beside the leaf. Bounds the search for paths, which a caller could make long."""
 AUTHORITIES_MAX: Final = 64
+"""In one file."""
+BUNDLE_BYTES_MAX: Final = 2**20
 
 Authorities: TypeAlias = tuple[x509.Certificate, ...]
-"""The client CAs of a listener; another set is another object."""
 AuthContext: TypeAlias = Mapping[str, Iterable[bytes]]
 """As grpc.aio's `context.auth_context()` gives it."""
 
 _Extension = TypeVar("_Extension", bound=x509.ExtensionType)
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """Whose certificates a listener takes; another set is another object."""
+
+    client_cas: Authorities
+    bundles: Mapping[str, Authorities] = field(default_factory=lambda: MappingProxyType({}))
+    """Outside trust domain -> CAs that vouch for its SPIFFE IDs, and for nothing else."""
+
+    def pins(self, trust_domain: str) -> frozenset[str]:
+        """What vouches for SPIFFE IDs of a trust domain; "" for names that are no SPIFFE ID.
+
+        Where there is a bundle it is the bundle alone, else any client CA, by its key.
+        """
+        if trust_domain in self.bundles:
+            return frozenset({bundle_pin(trust_domain)})
+        return frozenset(map(spki_sha256, self.client_cas))
+
+    def pem(self) -> bytes:
+        """All CAs, for the handshake."""
+        return b"".join(
+            certificate.public_bytes(serialization.Encoding.PEM)
+            for authorities in (self.client_cas, *self.bundles.values())
+            for certificate in authorities
+        )
+
+
+def bundle_pin(trust_domain: str) -> str:
+    """What stands for all CAs of a bundle, as they come and go: the ID of the trust domain."""
+    return f"spiffe://{trust_domain}"
 
 
 def spki_sha256(certificate: x509.Certificate) -> str:
@@ -79,7 +113,10 @@ def read_certificates(pem: bytes) -> tuple[x509.Certificate, ...]:
 
 def read_authorities(pem: bytes) -> Authorities:
     """The client CAs of a PEM text; ValueError unless each can issue (RFC 5280 section 4.2.1)."""
-    authorities = read_certificates(pem)
+    return _checked(read_certificates(pem))
+
+
+def _checked(authorities: Authorities) -> Authorities:
     if len(authorities) > AUTHORITIES_MAX:
         raise ValueError(f"more than {AUTHORITIES_MAX} CAs")
     for certificate in authorities:
@@ -88,6 +125,37 @@ def read_authorities(pem: bytes) -> Authorities:
         except ValueError as error:
             raise ValueError(f"{certificate.subject.rfc4514_string()!r}: {error}") from error
     return authorities
+
+
+def read_bundle(content: bytes) -> Authorities:
+    """The X.509 CAs of a SPIFFE bundle, or of a PEM text; ValueError where one is not usable.
+
+    SPIFFE Trust Domain and Bundle section 4, X509-SVID section 6.2. A bundle without any means that
+    the trust domain has none.
+    """
+    if not content.lstrip().startswith(b"{"):
+        return read_authorities(content)
+    if len(content) > BUNDLE_BYTES_MAX:
+        raise ValueError(f"more than {BUNDLE_BYTES_MAX} bytes")
+    keys = json.loads(content).get("keys")
+    if not isinstance(keys, list) or not all(isinstance(jwk, dict) for jwk in keys):
+        raise ValueError("not a JWK set")
+    if any({"d", "k"} & jwk.keys() for jwk in keys):
+        raise ValueError("it holds private keys, which belong to nobody but their owner")
+    # An entry of another kind, and one without a certificate, has to be ignored.
+    chains = [
+        jwk["x5c"]
+        for jwk in keys
+        if jwk.get("use") == "x509-svid" and jwk.get("kty") in ("EC", "RSA") and jwk.get("x5c")
+    ]
+    return _checked(tuple(map(_first, chains)))
+
+
+def _first(chain: object) -> x509.Certificate:
+    """The certificate of an `x5c`; whatever follows it has to be ignored as well."""
+    if not isinstance(chain, list) or not isinstance(chain[0], str):
+        raise ValueError("x5c is not a list of texts")
+    return x509.load_der_x509_certificate(b64decode(chain[0], validate=True))
 
 
 def check_pair(certificate_pem: bytes, key_pem: bytes) -> None:
@@ -104,7 +172,7 @@ def check_pair(certificate_pem: bytes, key_pem: bytes) -> None:
 
 
 class Peers:
-    """The peer of a call, judged against the listener's client CAs as they are now.
+    """The peer of a call, judged by whom the listener trusts now.
 
     What a certificate says and which CAs issued it is remembered by its bytes; whether it is valid
     is asked on every call, since a connection outlives a certificate.
@@ -112,24 +180,24 @@ class Peers:
 
     def __init__(
         self,
-        authorities: Callable[[], Authorities],
+        trust: Callable[[], Trust],
         *,
         entries_max: int = PEERS_ENTRIES_MAX,
         bytes_max: int = PEERS_BYTES_MAX,
     ) -> None:
-        self._authorities = authorities
+        self._trust = trust
         self._entries_max = entries_max
         self._bytes_max = bytes_max
-        self._trust(authorities())
+        self._follow(trust())
 
     def __call__(self, auth_context: AuthContext, now: float) -> Peer:
         """The peer of a connection, at `now` in seconds since the epoch (RFC 8705 section 2.1).
 
         Raises PEER_CERTIFICATE_MISSING, PEER_CERTIFICATE_INVALID or PEER_CERTIFICATE_EXPIRED.
         """
-        authorities = self._authorities()
-        if authorities is not self._trusted:
-            self._trust(authorities)
+        trust = self._trust()
+        if trust is not self._trusted:
+            self._follow(trust)
         # The chain comes without the leaf: leaves of one intermediate have the same.
         key = (_property(auth_context, "x509_pem_cert"), _property(auth_context, _CHAIN))
         known = self._known.get(key)
@@ -144,12 +212,9 @@ class Peers:
                 return known
         raise AuthError(Reason.PEER_CERTIFICATE_EXPIRED)
 
-    def _trust(self, authorities: Authorities) -> None:
-        by_key: dict[str, list[x509.Certificate]] = {}
-        for certificate in authorities:
-            by_key.setdefault(spki_sha256(certificate), []).append(certificate)
-        self._trusted = authorities
-        self._anchors = [_Anchor(ca, certificates) for ca, certificates in by_key.items()]
+    def _follow(self, trust: Trust) -> None:
+        self._trusted = trust
+        self._vouchers = _vouchers(trust)
         self._known: OrderedDict[tuple[bytes, bytes], Peer | str] = OrderedDict()
         self._bytes = 0
 
@@ -161,7 +226,7 @@ class Peers:
             raise AuthError(Reason.PEER_CERTIFICATE_INVALID, cause="too many bytes presented")
         known: Peer | str
         try:
-            known = _judge(*key, self._anchors, now)
+            known = _judge(*key, self._vouchers, now)
         except Exception as error:  # whatever a hostile certificate does to the parser
             known = f"{type(error).__name__}: {error}"
         self._known[key] = known
@@ -171,11 +236,58 @@ class Peers:
         return known
 
 
-class _Anchor:
-    """One CA key of the listener, and the paths that lead to it and to no other."""
+class _Voucher:
+    """CAs that vouch for the same names, and the paths that lead to them and to nobody else."""
 
-    def __init__(self, ca: str, certificates: list[x509.Certificate]) -> None:
-        self.ca = ca
+    def __init__(self, bundle: str, authorities: Authorities, strangers: Iterable[Authorities]):
+        """`bundle` is the trust domain of a bundle, "" for the client CAs of the listener.
+
+        A path never leads through `strangers`, whoever signed them.
+        """
+        self.bundle = bundle
+        by_key: dict[str, list[x509.Certificate]] = {}
+        for certificate in authorities:
+            by_key.setdefault(spki_sha256(certificate), []).append(certificate)
+        self._anchors = [
+            _Anchor(bundle_pin(bundle) if bundle else ca, certificates)
+            for ca, certificates in by_key.items()
+        ]
+        self._strangers = {spki_sha256(ca) for cas in strangers for ca in cas}
+
+    def paths(
+        self, leaf: x509.Certificate, presented: Authorities, now: float
+    ) -> Mapping[str, Validity]:
+        """Pin -> validity of the best path to it; ValueError where there is no path."""
+        others = [ca for ca in presented if spki_sha256(ca) not in self._strangers]
+        found: dict[str, list[Validity]] = {}
+        failures = []
+        for anchor in self._anchors:
+            try:
+                path = anchor.path(leaf, others, now)
+            except VerificationError as failure:
+                failures.append(str(failure))
+            else:
+                found.setdefault(anchor.pin, []).append(path)
+        if not found:
+            whom = f"the bundle of {self.bundle}" if self.bundle else "a client CA of the listener"
+            raise ValueError(f"no path to {whom}: {'; '.join(failures)}")
+        return MappingProxyType({pin: _best(paths, now) for pin, paths in found.items()})
+
+
+def _vouchers(trust: Trust) -> Mapping[str, _Voucher]:
+    """Trust domain -> its bundle; "" -> the client CAs, for all other names."""
+    everybody = {"": trust.client_cas, **trust.bundles}
+    return {
+        domain: _Voucher(domain, cas, (c for name, c in everybody.items() if name != domain))
+        for domain, cas in everybody.items()
+    }
+
+
+class _Anchor:
+    """One CA key, and the paths that lead to it and to no other."""
+
+    def __init__(self, pin: str, certificates: list[x509.Certificate]) -> None:
+        self.pin = pin
         self._certificates = certificates
         self._policy = (
             PolicyBuilder()
@@ -196,7 +308,7 @@ class _Anchor:
                 failures.append(failure)
         if not paths:
             raise failures[0]
-        return max(paths, key=lambda path: (path.covers(now), path.not_after))
+        return _best(paths, now)
 
     def _instants(
         self, leaf: x509.Certificate, others: list[x509.Certificate], now: float
@@ -221,6 +333,10 @@ class _Anchor:
         return Validity(max(s.not_before for s in spans), min(s.not_after for s in spans))
 
 
+def _best(paths: list[Validity], now: float) -> Validity:
+    return max(paths, key=lambda path: (path.covers(now), path.not_after))
+
+
 _CHAIN: Final = "x509_pem_cert_chain"
 
 
@@ -235,35 +351,23 @@ def _size(key: tuple[bytes, bytes]) -> int:
     return len(key[0]) + len(key[1])
 
 
-def _judge(leaf_pem: bytes, chain_pem: bytes, anchors: list[_Anchor], now: float) -> Peer:
+def _judge(leaf_pem: bytes, chain_pem: bytes, vouchers: Mapping[str, _Voucher], now: float) -> Peer:
     leaf = x509.load_pem_x509_certificate(leaf_pem)
     others = read_certificates(chain_pem) if chain_pem else ()
     if len(others) > PRESENTED_CERTIFICATES_MAX:
         raise ValueError("too many certificates presented")
     _check_usage(leaf)
     spiffe_id, dns_names = _names(leaf)
+    voucher = vouchers.get(spiffe_id.trust_domain if spiffe_id else "", vouchers[""])
     return Peer(
         thumbprint=x5t_s256(leaf),
-        spiffe_id=spiffe_id,
-        dns_names=dns_names,
-        subject_dn=leaf.subject.rfc4514_string(),
+        spiffe_id=str(spiffe_id or ""),
+        # A bundle vouches for the SPIFFE ID: what else the certificate says is worth nothing.
+        dns_names=frozenset() if voucher.bundle else dns_names,
+        subject_dn="" if voucher.bundle else leaf.subject.rfc4514_string(),
         validity=certificate_validity(leaf),
-        paths=_paths(leaf, list(others), anchors, now),
+        paths=voucher.paths(leaf, others, now),
     )
-
-
-def _paths(
-    leaf: x509.Certificate, others: list[x509.Certificate], anchors: list[_Anchor], now: float
-) -> Mapping[str, Validity]:
-    paths, failures = {}, []
-    for anchor in anchors:
-        try:
-            paths[anchor.ca] = anchor.path(leaf, others, now)
-        except VerificationError as failure:
-            failures.append(str(failure))
-    if not paths:
-        raise ValueError(f"no path to a client CA of the listener: {'; '.join(failures)}")
-    return MappingProxyType(paths)
 
 
 def _check_usage(leaf: x509.Certificate) -> None:
@@ -282,7 +386,7 @@ def _check_usage(leaf: x509.Certificate) -> None:
         raise ValueError("extendedKeyUsage lacks clientAuth")
 
 
-def _names(leaf: x509.Certificate) -> tuple[str, frozenset[str]]:
+def _names(leaf: x509.Certificate) -> tuple[spiffe.SpiffeId | None, frozenset[str]]:
     """The SPIFFE ID and the DNS names (X509-SVID section 2, RFC 8705 section 2.1.2).
 
     A URI of another scheme names nobody here, and leaves the other names usable. One that claims
@@ -290,16 +394,16 @@ def _names(leaf: x509.Certificate) -> tuple[str, frozenset[str]]:
     """
     names = _extension(leaf, x509.SubjectAlternativeName)
     if names is None:
-        return "", frozenset()
+        return None, frozenset()
     uris = names.get_values_for_type(x509.UniformResourceIdentifier)
     if len(uris) > 1:
         raise ValueError("more than one URI")
     dns_names = frozenset(name.lower() for name in names.get_values_for_type(x509.DNSName))
     if not uris or not uris[0].lower().startswith("spiffe:"):
-        return "", dns_names
+        return None, dns_names
     if _extension(leaf, x509.KeyUsage) is None:
         raise ValueError("a SPIFFE ID without keyUsage")
-    return str(spiffe.parse_workload(uris[0])), dns_names
+    return spiffe.parse_workload(uris[0]), dns_names
 
 
 def _leaf_policy() -> ExtensionPolicy:

@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -23,7 +23,7 @@ from authsvc.keys.secrets import new_id
 from authsvc.model import Caller, Peer
 from authsvc.rpc import status
 from authsvc.rpc.limits import Shape
-from authsvc.rpc.peer import Peers
+from authsvc.rpc.peer import AuthContext
 from authsvc.rpc.policy import Policy, Rule, rule_of
 from authsvc.rpc.timelimit import TimeLimit
 from authsvc.telemetry import Metrics
@@ -45,7 +45,7 @@ class Call:
     """What a servicer may know of a call beside the request."""
 
     peer: Peer
-    authorization: str
+    authorization: str = field(repr=False)
     now: float
     """This machine's clock, in seconds: certificates are judged by it."""
     admitted: Caller | None
@@ -68,6 +68,8 @@ class Call:
         )
 
 
+Peers = Callable[[AuthContext, float], Peer]
+"""The peer of a connection at a time; raises AuthError."""
 Unary = Callable[[Any, Call], Awaitable[Message | bytes]]
 Stream = Callable[[Any, Call], AsyncGenerator[Message, None]]
 Prepare = Callable[[Any], object]

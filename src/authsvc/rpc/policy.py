@@ -7,6 +7,7 @@ from google.protobuf.descriptor import MethodDescriptor
 
 from authsvc.clock import Clock
 from authsvc.errors import AuthError, Reason
+from authsvc.identify import Identify
 from authsvc.model import (
     ANY_AUDIENCE,
     OWN_SCOPES,
@@ -18,10 +19,11 @@ from authsvc.model import (
     IdentityKind,
     Peer,
 )
-from authsvc.oauth.policy import require_let_in
+from authsvc.oauth.policy import require_let_in, validated_by
 from authsvc.store.cached import CachedClients
 from authsvc_client.core.cache import BytesCache
-from authsvc_client.core.judge import Judge, Question
+from authsvc_client.core.judge import Question
+from authsvc_client.core.state import State
 from authsvc_client.v1.annotations_pb2 import require
 
 BEARER = "bearer "
@@ -59,7 +61,8 @@ class Policy:
         admin_ca: Callable[[], str | None],
         clients: CachedClients,
         catalog: Callable[[], Awaitable[Catalog]],
-        judge: Judge,
+        identify: Identify,
+        state: State,
         clock: Clock,
     ) -> None:
         """`admins` are SPIFFE IDs; `admin_ca` answers the CA that must have issued them, if any."""
@@ -67,7 +70,8 @@ class Policy:
         self._admin_ca = admin_ca
         self._clients = clients
         self._catalog = catalog
-        self._judge = judge
+        self._identify = identify
+        self._state = state
         self._clock = clock
         self._question = Question(frozenset({issuer}), issuer)
         self._callers: BytesCache[str, tuple[Peer, Client, Catalog, Caller]] = BytesCache(2**23)
@@ -110,7 +114,7 @@ class Policy:
         """None where the client did not register its certificate as a way to authenticate."""
         if AuthMethod.TLS_CLIENT_AUTH not in client.metadata.auth_methods:
             return None
-        audiences = _audiences(client, catalog)
+        audiences = validated_by(client, catalog)
         caller = Caller(client.client_id, client.client_id, client.metadata.scopes, audiences, peer)
         self._callers.put(peer.thumbprint, (peer, client, catalog, caller), 4096)
         return caller
@@ -119,22 +123,16 @@ class Policy:
         """A bearer token for authsvc itself, bound or not; its client must still be let in."""
         if authorization[: len(BEARER)].lower() != BEARER:
             raise AuthError(Reason.CALLER_TOKEN_INVALID, metadata={"verdict": "TOKEN_MALFORMED"})
-        boot = self._clock.boot()
         question = Question(
             self._question.audiences, self._question.audience, thumbprint=peer.thumbprint
         )
-        verdict = self._judge(authorization[len(BEARER) :].strip(), question, boot)
+        verdict = await self._identify(authorization[len(BEARER) :].strip(), question)
         claims = verdict.claims
         if not verdict.active or claims is None:
             raise AuthError(Reason.CALLER_TOKEN_INVALID, metadata={"verdict": verdict.reason.name})
         client = await self._clients.get(claims.client_id)
         if client is None:
             raise AuthError(Reason.CALLER_UNKNOWN)
-        require_let_in(client, self._judge.state.now(boot))
-        audiences = _audiences(client, await self._catalog())
+        require_let_in(client, self._state.now(self._clock.boot()))
+        audiences = validated_by(client, await self._catalog())
         return Caller(claims.subject, client.client_id, claims.scopes, audiences, peer)
-
-
-def _audiences(client: Client, catalog: Catalog) -> frozenset[str]:
-    """Whose tokens a client may validate: those named to it, and of the resources that it owns."""
-    return client.metadata.validates | catalog.owned_by(client.client_id)

@@ -40,3 +40,25 @@ class ResourceServicer:
             resources=[convert.resource_pb(row) for row in found[:size]],
             next_page_token=self._pages.next([row.resource_id for row in found], size, what),
         )
+
+    async def UpdateResource(
+        self, request: resources_pb2.UpdateResourceRequest, call: Call
+    ) -> resources_pb2.UpdateResourceResponse:
+        """Changes the fields of the mask."""
+        changed, revision = await self._resources.update(
+            convert.resource(request.resource),
+            frozenset(request.update_mask.paths),
+            convert.version_of(request.resource.etag),
+            call.now,
+        )
+        return resources_pb2.UpdateResourceResponse(
+            resource=convert.resource_pb(changed), revision=revision
+        )
+
+    async def DeleteResource(
+        self, request: resources_pb2.DeleteResourceRequest, _call: Call
+    ) -> resources_pb2.DeleteResourceResponse:
+        """Deletes one, and its tokens."""
+        version = convert.version_of(request.etag)
+        revision = await self._resources.delete(request.resource_id, version)
+        return resources_pb2.DeleteResourceResponse(revision=revision)

@@ -1,7 +1,8 @@
-"""The gRPC listeners: mTLS for everybody, and a plain one that answers health alone."""
+"""The gRPC listeners: those with TLS, and a plain one that answers health alone."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -80,12 +81,21 @@ class _Handlers(grpc.GenericRpcHandler):
         return self._handlers.get(handler_call_details.method)
 
 
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """Where calls come in, and what they pass through."""
+
+    address: str
+    credentials: grpc.ServerCredentials
+    pipeline: Pipeline
+
+
 class RpcServer:
-    """Both listeners, their health, and their end."""
+    """All listeners, their health, and their end."""
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        listeners: Sequence[Listener],
         servicers: Mapping[str, object],
         state: State,
         clock: Clock,
@@ -93,36 +103,41 @@ class RpcServer:
         reflect: bool,
     ) -> None:
         """`servicers` by the name of their service; ValueError where a method has no rule."""
-        handlers = {
-            f"/{service.full_name}/{method.name}": pipeline.handler(
-                method, servicers.get(service.name)
-            )
-            for service in SERVICES
-            for method in service.methods
-        }
-        self._pipeline = pipeline
+        self._listeners = listeners
         self._state = state
         self._clock = clock
         self._health = health.aio.HealthServicer()
-        self._main = grpc.aio.server(options=OPTIONS)
-        self._main.add_generic_rpc_handlers((_Handlers(handlers),))
         self._plain = grpc.aio.server(options=OPTIONS)
-        for server in (self._main, self._plain):
+        self._servers = [grpc.aio.server(options=OPTIONS) for _ in listeners]
+        for server in (self._plain, *self._servers):
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        if reflect:
-            names = (*(service.full_name for service in SERVICES), health.SERVICE_NAME)
-            reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self._main)
+        names = (*(service.full_name for service in SERVICES), health.SERVICE_NAME)
+        for server, listener in zip(self._servers, listeners, strict=True):
+            handlers = {
+                f"/{service.full_name}/{method.name}": listener.pipeline.handler(
+                    method, servicers.get(service.name)
+                )
+                for service in SERVICES
+                for method in service.methods
+            }
+            server.add_generic_rpc_handlers((_Handlers(handlers),))
+            if reflect:
+                reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
 
-    async def start(
-        self, credentials: grpc.ServerCredentials, address: str, health_address: str
-    ) -> tuple[int, int]:
-        """Listens, and answers both ports. Raises RuntimeError where an address is taken."""
-        port = self._main.add_secure_port(address, credentials)
+    async def start(self, health_address: str) -> tuple[list[int], int]:
+        """Listens, and answers the ports of the listeners and of health.
+
+        Raises RuntimeError where an address is taken.
+        """
+        ports = [
+            server.add_secure_port(listener.address, listener.credentials)
+            for server, listener in zip(self._servers, self._listeners, strict=True)
+        ]
         health_port = self._plain.add_insecure_port(health_address)
         await self._set_health(self._is_fresh())
-        await self._plain.start()
-        await self._main.start()
-        return port, health_port
+        for server in (self._plain, *self._servers):
+            await server.start()
+        return ports, health_port
 
     async def watch_health(self) -> None:
         """Tells the truth about the state until cancelled: stale means NOT_SERVING."""
@@ -145,6 +160,7 @@ class RpcServer:
     async def stop(self, grace_s: float) -> None:
         """NOT_SERVING first; then no new calls, and those under way have `grace_s` to end."""
         await self._health.enter_graceful_shutdown()
-        self._pipeline.drain()
-        await self._main.stop(grace_s)
+        for listener in self._listeners:
+            listener.pipeline.drain()
+        await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
         await self._plain.stop(0)
