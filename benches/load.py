@@ -76,14 +76,23 @@ async def take_turns(
     batches: Sequence[Sequence[bytes]],
     bare: str | None = None,
 ) -> list[Round]:
-    """A round for each batch, the first of which only warms up; who begins changes each time."""
-    rounds = []
-    for number, batch in enumerate(batches):
-        first, second = (floor, real) if number % 2 else (real, floor)
-        bursts = {first: await first.run(batch), second: await second.run(batch)}
-        bare_s = floor.server.bare(bare) if bare else 0.0
-        rounds.append(Round(bursts[floor], bursts[real], bare_s))
+    """A round for each batch, the first of which only warms up."""
+    rounds = [await turn(n, floor, real, batch, bare) for n, batch in enumerate(batches)]
     return rounds[1:]
+
+
+async def turn(
+    number: int,
+    floor: Contender,
+    real: Contender,
+    batch: Sequence[bytes],
+    bare: str | None = None,
+) -> Round:
+    """One round; who begins changes with its number."""
+    first, second = (floor, real) if number % 2 else (real, floor)
+    bursts = {first: await first.run(batch), second: await second.run(batch)}
+    bare_s = floor.server.bare(bare) if bare else 0.0
+    return Round(bursts[floor], bursts[real], bare_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,9 +119,9 @@ def floor(pki: Path, answers: Mapping[str, Answer], core: int | None) -> Server:
     )
 
 
-def authsvc(state_dir: Path, core: int | None) -> Server:
-    """The real thing, with the embedded defaults, on free ports."""
-    return Server("authsvc", state_dir=str(state_dir), core=core)
+def authsvc(state_dir: Path, core: int | None, database: str = "") -> Server:
+    """The real thing on free ports, with the embedded defaults but for a migrated database."""
+    return Server("authsvc", state_dir=str(state_dir), core=core, database=database)
 
 
 def _stream(stream: IO[str] | None) -> IO[str]:

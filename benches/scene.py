@@ -21,6 +21,12 @@ from .load import Method
 
 AUDIENCE = "https://billing.internal"
 SCOPE = "billing.read"
+GRANTS = (
+    clients_pb2.GRANT_TYPE_CLIENT_CREDENTIALS,
+    clients_pb2.GRANT_TYPE_TOKEN_EXCHANGE,
+    clients_pb2.GRANT_TYPE_REFRESH_TOKEN,
+)
+TOKEN_TYPE = "urn:ietf:params:oauth:token-type:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +37,8 @@ class Scene:
     orders: Method
     """IssueToken, as orders calls it."""
     issue_request: bytes
+    client_id: str
+    """Of orders."""
     thumbprint: str
 
     def validation(self, token: str, view: auth_pb2.TokenView.ValueType) -> bytes:
@@ -48,6 +56,28 @@ class Scene:
         answers = await self.orders.burst([self.issue_request] * count)
         issued = map(auth_pb2.IssueTokenResponse.FromString, answers)
         return [response.token.access_token for response in issued]
+
+    async def refresh_tokens(self, count: int) -> list[str]:
+        """The first refresh tokens of as many grants of orders."""
+        requests = [
+            auth_pb2.IssueTokenRequest(
+                client_id=self.client_id,
+                token_exchange=auth_pb2.TokenExchangeGrant(
+                    subject_token=token,
+                    subject_token_type=TOKEN_TYPE + "access_token",
+                    requested_token_type=TOKEN_TYPE + "refresh_token",
+                ),
+            ).SerializeToString()
+            for token in await self.tokens(count)
+        ]
+        answers = await self.orders.burst(requests)
+        issued = map(auth_pb2.IssueTokenResponse.FromString, answers)
+        return [response.token.refresh_token for response in issued]
+
+    def refresh(self, token: str) -> bytes:
+        """A use of a refresh token of orders."""
+        request = auth_pb2.RefreshTokenRequest(refresh_token=token, client_id=self.client_id)
+        return request.SerializeToString()
 
 
 def connect(pki_directory: Path, name: str, port: int) -> grpc.aio.Channel:
@@ -86,7 +116,11 @@ async def scene(state_dir: Path, port: int) -> AsyncIterator[Scene]:
         )
         leaf = x509.load_pem_x509_certificate((directory / "orders.pem").read_bytes())
         yield Scene(
-            directory, Method(orders, "IssueToken"), request.SerializeToString(), x5t_s256(leaf)
+            directory,
+            Method(orders, "IssueToken"),
+            request.SerializeToString(),
+            request.client_id,
+            x5t_s256(leaf),
         )
 
 
@@ -95,6 +129,7 @@ async def _register(
 ) -> str:
     metadata = clients_pb2.ClientMetadata(
         client_name=name,
+        grant_types=GRANTS,
         tls_client_auth_san_uri=f"spiffe://authsvc.local/{name}",
         scopes=scopes,
     )

@@ -13,9 +13,10 @@ import grpc
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from google.protobuf.message import Message
+from pydantic import SecretStr
 
 from authsvc.app import open_app, settle
-from authsvc.config import Listen, load
+from authsvc.config import Database, Listen, load
 from authsvc.rpc.server import OPTIONS
 from authsvc.rpc.tls import ServerTls
 from authsvc.telemetry import configure_logs
@@ -59,11 +60,13 @@ async def until_told(port: int) -> None:
         print(repr(answer(line.decode().strip())), flush=True)
 
 
-async def authsvc(state_dir: str) -> None:
-    """The whole server on SQLite, with a PKI of its own."""
+async def authsvc(state_dir: str, database: str) -> None:
+    """The whole server, on SQLite where no database is given, with a PKI of its own."""
     configure_logs("warning")
-    listen = Listen(port=0, metrics_port=0, health_port=0)
-    app = await open_app(load(state_dir=Path(state_dir), listen=listen))
+    given: dict[str, Any] = {"listen": Listen(port=0, metrics_port=0, health_port=0)}
+    if database:
+        given["database"] = Database(url=SecretStr(database))
+    app = await open_app(load(state_dir=Path(state_dir), **given))
     await app.start()
     try:
         await until_told(app.port)
@@ -74,11 +77,11 @@ async def authsvc(state_dir: str) -> None:
 async def floor(pki: str, answers: dict[str, dict[str, Any]]) -> None:
     """Empty handlers: the same messages, options and TLS."""
     directory = Path(pki)
-    files = (directory / name for name in ("server.pem", "server-key.pem", "ca.pem"))
+    tls = ServerTls(directory / "server.pem", directory / "server-key.pem", directory / "ca.pem")
     server = grpc.aio.server(options=OPTIONS)
     handlers = {method: empty_handler(**settings) for method, settings in answers.items()}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-    port = server.add_secure_port("127.0.0.1:0", ServerTls(*files).credentials())
+    port = server.add_secure_port("127.0.0.1:0", tls.credentials())
     await server.start()
     try:
         await until_told(port)

@@ -1,16 +1,23 @@
 """The benches, and the one table of their budgets."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from authsvc_client.v1 import auth_pb2
+import asyncpg
 
-from .load import Compared, Contender, Method, Round, take_turns
-from .processes import Answer, Cores, Server, floor
-from .scene import Scene, connect
+from authsvc.app import migrate
+from authsvc.config import load
+from authsvc_client.v1 import auth_pb2
+from tests.servers import Postgres
+
+from .load import Compared, Contender, Method, Round, take_turns, turn
+from .processes import Answer, Cores, Server, authsvc, floor
+from .scene import Scene, connect, scene
 
 Line = dict[str, Any]
 
@@ -40,6 +47,8 @@ BUDGETS: Mapping[str, Budget] = {
     "validate_cold": Budget(most=1.5),
     # The floor signs once.
     "issue": Budget(least=0.75),
+    # Transactions that write, a call: one statement that commits itself.
+    "refresh": Budget(most=1.0),
 }
 
 
@@ -151,8 +160,58 @@ async def issue(stage: Stage) -> Line:
     return {**_rates(Compared.of(rounds)), "sign_us": sign_us}
 
 
+async def refresh(stage: Stage) -> Line:
+    """RefreshToken on a PostgreSQL of its own: transactions a call, and rates beside a floor that
+    signs and asks no database."""
+    with ExitStack() as stack:
+        postgres = stack.enter_context(Postgres())
+        state_dir = Path(stack.enter_context(TemporaryDirectory(prefix="authsvc-bench-")))
+        url = await postgres.database()
+        await migrate(load(state_dir=state_dir, database={"url": url}), check=False)
+        server = stack.enter_context(authsvc(state_dir, stage.cores.servers, url))
+        async with scene(state_dir, server.port) as made:
+            own = Stage(made, server, stage.cores, stage.size)
+            tokens = await made.refresh_tokens(stage.size.calls + 1)
+            request = made.refresh(tokens.pop())
+            database = await asyncpg.connect(url.replace("+asyncpg", ""))
+            try:
+                async with own.contenders("orders", "RefreshToken", request, signs=True) as pair:
+                    return await _refreshed(own, tokens, *pair, database)
+            finally:
+                await database.close()
+
+
+async def _refreshed(
+    stage: Stage,
+    tokens: list[str],
+    floor: Contender,
+    real: Contender,
+    database: "asyncpg.Connection[Any]",
+) -> Line:
+    """Each round uses what the round before answered, each grant once."""
+    rounds, before, counted = [], 0, 0
+    for number in range(stage.size.rounds + 1):
+        requests = [stage.scene.refresh(token) for token in tokens]
+        if number == 1:
+            before = await _transactions(database)
+        found = await turn(number, floor, real, requests)
+        rounds.append(found)
+        answers = map(auth_pb2.RefreshTokenResponse.FromString, found.real.answers)
+        tokens = [answer.token.refresh_token for answer in answers]
+        counted += len(tokens) * bool(number)
+    after = await _transactions(database)
+    rates = _rates(Compared.of(rounds[1:]))
+    rate_ratio = round(rates["ratio"], 4)
+    return {**rates, "ratio": (after - before - 1) / counted, "rate_ratio": rate_ratio}
+
+
+async def _transactions(database: "asyncpg.Connection[Any]") -> int:
+    """How many transactions wrote something until now; this one is the last of them."""
+    return int(await database.fetchval("SELECT pg_current_xact_id()::text"))
+
+
 BENCHES: Mapping[str, Callable[[Stage], Awaitable[Line]]] = {
-    bench.__name__: bench for bench in (floor_echo, validate_warm, validate_cold, issue)
+    bench.__name__: bench for bench in (floor_echo, validate_warm, validate_cold, issue, refresh)
 }
 
 

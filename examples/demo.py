@@ -4,6 +4,7 @@ Everything that it makes is in a temporary directory, every port is the kernel's
 """
 
 import asyncio
+import base64
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,7 +23,6 @@ from authsvc_client import (
     AuthsvcClient,
     AuthsvcError,
     Certificates,
-    PermissionDenied,
     Reason,
     Unauthenticated,
     Unavailable,
@@ -32,6 +32,7 @@ from services.v1 import orders_pb2, orders_pb2_grpc
 
 HERE = Path(__file__).parent
 CALLS = 1000
+AUDIENCES = ("https://orders.example", "https://billing.example")
 START_S = 60.0
 CALL_S = 30.0
 
@@ -52,6 +53,9 @@ class Demo:
             if name != "AUTHSVC_STATE_DIR":
                 del self._environment[name]
         self._environment["PYTHONPATH"] = str(HERE)
+        # So that a new signing key may sign after seconds: here nobody keeps the old set for long.
+        self._environment["AUTHSVC_STALENESS_MAX_S"] = "15"
+        self._environment["AUTHSVC_KEYS__MAX_AGE_S"] = "5"
         self.address = ""
         self.authsvc: subprocess.Popen[bytes] | None = None
         self.clients: dict[str, str] = {}
@@ -94,22 +98,33 @@ class Demo:
     def cli(self, *arguments: str) -> Any:
         """What a person would type; answers its JSON."""
         print(f"  $ authsvc {' '.join(arguments)}", flush=True)
-        done = subprocess.run(
-            [sys.executable, "-m", "authsvc", *arguments, "--json"],
+        done = self._run(*arguments, "--json")
+        if done.returncode:
+            raise Failed(done.stderr)
+        return json.loads(done.stdout)
+
+    def activate(self, kid: str) -> bool:
+        """Lets a signing key sign, unless a validator may not know it yet."""
+        done = self._run("key", "activate", kid)
+        if done.returncode and "SIGNING_KEY_NOT_READY" not in done.stderr:
+            raise Failed(done.stderr)
+        return done.returncode == 0
+
+    def _run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, "-m", "authsvc", *arguments],
             env=self._environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             check=False,
         )
-        if done.returncode:
-            raise Failed(done.stderr)
-        return json.loads(done.stdout)
 
-    def admit(self, name: str, *scopes: str) -> None:
+    def admit(self, name: str, *scopes: str, grants: Sequence[str] = ()) -> None:
         """A service asks to be a client by its own certificate; an administrator approves it."""
         self.cli("pki", "issue", name, "--server")
         wanted = [word for scope in scopes for word in ("--scope", scope)]
+        wanted += [word for grant in grants for word in ("--grant", grant)]
         spiffe_id = f"spiffe://authsvc.local/{name}"
         asked = self.cli(
             "client", "register", "--as", name, "--name", name, "--san-uri", spiffe_id, *wanted
@@ -190,6 +205,12 @@ class Shop:
         request = orders_pb2.CancelOrderRequest(order_id="1")
         await self._call(certificates, token, lambda stub: stub.CancelOrder, request)
 
+    async def give_back(self, token: str, certificates: Certificates) -> tuple[str, str]:
+        """Returns an order; answers who got the money, and who asked for that."""
+        request = orders_pb2.ReturnOrderRequest(order_id="1")
+        answer = await self._call(certificates, token, lambda stub: stub.ReturnOrder, request)
+        return answer.refunded_to, answer.asked_by
+
     async def _call(
         self,
         certificates: Certificates,
@@ -210,7 +231,7 @@ async def refused(call: Awaitable[Any], *reasons: Reason) -> str:
     """That a call was refused for one of these reasons."""
     try:
         await call
-    except (PermissionDenied, Unauthenticated) as error:
+    except AuthsvcError as error:
         if error.reason in reasons:
             return error.reason.name
         raise
@@ -241,6 +262,10 @@ async def story(demo: Demo, steps: Steps, shop: Shop) -> None:
             notes.append(await refused(shop.place(token.value, thief), Reason.PROOF_MISMATCH))
         with steps.step("the token itself still works"):
             await shop.place(token.value, mine)
+        await act_for_the_shop(demo, steps, shop, authsvc)
+        await refresh(demo, steps, shop, authsvc)
+        with steps.step("the signing key rotated under traffic, no call failed") as notes:
+            notes.append(await rotate(demo, shop, authsvc))
         with steps.step("the token revoked by an administrator: no call passes") as notes:
             notes.append(await revoke(admin, shop, token.value, token.jti, mine))
         living = await authsvc.issue_client_credentials(client_id, resources=audience)
@@ -258,6 +283,78 @@ async def story(demo: Demo, steps: Steps, shop: Shop) -> None:
         with steps.step("the shop suspended: its living token is dead at once") as notes:
             await asyncio.to_thread(demo.cli, "client", "suspend", client_id)
             notes.append(await refused(shop.place(living.value, mine), Reason.TOKEN_CUT_OFF))
+
+
+async def act_for_the_shop(demo: Demo, steps: Steps, shop: Shop, authsvc: AuthsvcClient) -> None:
+    """A chain of two services: the shop calls orders, orders calls billing for the shop."""
+    mine, client_id = demo.certificates("shop"), demo.clients["shop"]
+    names = {client: name for name, client in demo.clients.items()}
+    with steps.step("orders exchanges the shop's token and acts for it at billing") as notes:
+        scopes = ["orders.place", "billing.refund"]
+        token = await authsvc.issue_client_credentials(client_id, scopes, AUDIENCES)
+        subject, actor = await shop.give_back(token.value, mine)
+        notes.append(f"billing saw {names[subject]}, for whom {names[actor]} acts")
+        if (names[subject], names[actor]) != ("shop", "orders"):
+            raise Failed("it saw somebody else")
+    with steps.step("with what the shop's token cannot do, orders cannot either") as notes:
+        token = await authsvc.issue_client_credentials(client_id, ["orders.place"])
+        call = shop.give_back(token.value, mine)
+        notes.append(await refused(call, Reason.SCOPE_NOT_ALLOWED))
+
+
+async def refresh(demo: Demo, steps: Steps, shop: Shop, authsvc: AuthsvcClient) -> None:
+    """A refresh token: a lost reply is forgiven, reuse is not."""
+    mine, client_id = demo.certificates("shop"), demo.clients["shop"]
+    own = await authsvc.issue_client_credentials(client_id, ["orders.place"])
+    opened = await authsvc.exchange(client_id, own.value, refreshable=True)
+    with steps.step("a refresh token whose reply was lost gives the same successor") as notes:
+        second = await authsvc.refresh(client_id, opened.refresh_token)
+        again = await authsvc.refresh(client_id, opened.refresh_token)
+        if second.refresh_token != again.refresh_token:
+            raise Failed("it forked")
+        await shop.place(again.value, mine)
+        notes.append("and an access token of its own")
+    with steps.step("used again after its successor was used: the grant is dead") as notes:
+        third = await authsvc.refresh(client_id, second.refresh_token)
+        reused = authsvc.refresh(client_id, opened.refresh_token)
+        notes.append(await refused(reused, Reason.REFRESH_TOKEN_REUSED))
+        await refused(authsvc.refresh(client_id, third.refresh_token), Reason.INVALID_GRANT)
+        await refused(shop.place(third.value, mine), Reason.GRANT_REVOKED)
+
+
+async def rotate(demo: Demo, shop: Shop, authsvc: AuthsvcClient) -> str:
+    """Publishes a key and lets it sign as soon as everybody knows it, while the shop calls on."""
+    mine, client_id = demo.certificates("shop"), demo.clients["shop"]
+    rotated, calls = asyncio.Event(), 0
+
+    async def traffic() -> None:
+        nonlocal calls
+        last = False
+        while not last:
+            last = rotated.is_set()  # one more round with the new key
+            token = await authsvc.issue_client_credentials(client_id, ["orders.place"])
+            calls += await shop.place(token.value, mine, 10)
+
+    running = asyncio.create_task(traffic())
+    prepared = await asyncio.to_thread(demo.cli, "key", "prepare")
+    kid = prepared["signing_key"]["kid"]
+    deadline = time.monotonic() + START_S
+    while not await asyncio.to_thread(demo.activate, kid):
+        if running.done() or time.monotonic() > deadline:
+            break
+        await asyncio.sleep(0.5)
+    rotated.set()
+    await running
+    token = await authsvc.issue_client_credentials(client_id, ["orders.place"])
+    if key_of(token.value) != kid:
+        raise Failed("the new key does not sign")
+    return f"{calls} calls"
+
+
+def key_of(token: str) -> str:
+    """The `kid` in a token's header."""
+    header = token.partition(".")[0]
+    return str(json.loads(base64.urlsafe_b64decode(header + "=" * (-len(header) % 4)))["kid"])
 
 
 async def revoke(
@@ -321,9 +418,12 @@ def main() -> NoReturn:
             print("Admitting three services: each asks by its own certificate, an admin approves")
             demo.admit("billing", "validate")
             demo.resource("billing", "billing.charge", "billing.refund")
-            demo.admit("orders", "validate", "billing.charge")
+            exchange = ("client_credentials", "token_exchange")
+            demo.admit("orders", "validate", "billing.charge", "billing.refund", grants=exchange)
             demo.resource("orders", "orders.place")
-            demo.admit("shop", "orders.place")
+            demo.admit(
+                "shop", "orders.place", "billing.refund", grants=(*exchange, "refresh_token")
+            )
             print("Starting billing and orders")
             billing = demo.start_service("billing")
             orders = demo.start_service("orders", "--billing", billing)

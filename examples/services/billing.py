@@ -20,8 +20,11 @@ class Billing(billing_pb2_grpc.BillingServiceServicer):
     async def Refund(
         self, request: billing_pb2.RefundRequest, context: Any
     ) -> billing_pb2.RefundResponse:
-        """Gives the money back."""
-        return billing_pb2.RefundResponse()
+        """Gives the money back to whom the token speaks for, whoever brings it."""
+        who = caller()
+        return billing_pb2.RefundResponse(
+            refunded_to=who.subject, asked_by=next(iter(who.claims.actors), "")
+        )
 
 
 async def run(service: Service, authsvc: AuthsvcClient, port_file: Path) -> None:

@@ -382,8 +382,8 @@ async def test_an_expired_client_is_so_everywhere_at_once(tmp_path: Path, moved:
         assert await alive(server, token, ends) != "OK"
         assert await reason(server.token(ends)) == "CLIENT_EXPIRED"
         own = Own(server, ends.who, made)
-        for call in (own.get(), own.update(), own.delete()):
-            assert await reason(call) == "REGISTRATION_TOKEN_INVALID"
+        for by_itself in (own.get(), own.update(), own.delete()):
+            assert await reason(by_itself) == "REGISTRATION_TOKEN_INVALID"
         for member in (waits, ends):  # what was read is approved, by its etag
             shown = await client(server, member.client_id)
             await server.approve(member.client_id, etag=shown.etag)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from authsvc.v1 import annotations_pb2 as authsvc_dot_v1_dot_annotations__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19services/v1/billing.proto\x12\x0bservices.v1\x1a\x1c\x61uthsvc/v1/annotations.proto\"0\n\rChargeRequest\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\r\n\x05\x63\x65nts\x18\x02 \x01(\x03\"%\n\x0e\x43hargeResponse\x12\x13\n\x0b\x63harged_for\x18\x01 \x01(\t\"!\n\rRefundRequest\x12\x10\n\x08order_id\x18\x01 \x01(\t\"\x10\n\x0eRefundResponse2\xc6\x01\n\x0e\x42illingService\x12Y\n\x06\x43harge\x12\x1a.services.v1.ChargeRequest\x1a\x1b.services.v1.ChargeResponse\"\x16\xba\xe3\x18\x12\n\x0e\x62illing.charge0\x01\x12Y\n\x06Refund\x12\x1a.services.v1.RefundRequest\x1a\x1b.services.v1.RefundResponse\"\x16\xba\xe3\x18\x12\n\x0e\x62illing.refund0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19services/v1/billing.proto\x12\x0bservices.v1\x1a\x1c\x61uthsvc/v1/annotations.proto\"0\n\rChargeRequest\x12\x10\n\x08order_id\x18\x01 \x01(\t\x12\r\n\x05\x63\x65nts\x18\x02 \x01(\x03\"%\n\x0e\x43hargeResponse\x12\x13\n\x0b\x63harged_for\x18\x01 \x01(\t\"!\n\rRefundRequest\x12\x10\n\x08order_id\x18\x01 \x01(\t\"7\n\x0eRefundResponse\x12\x13\n\x0brefunded_to\x18\x01 \x01(\t\x12\x10\n\x08\x61sked_by\x18\x02 \x01(\t2\xc6\x01\n\x0e\x42illingService\x12Y\n\x06\x43harge\x12\x1a.services.v1.ChargeRequest\x1a\x1b.services.v1.ChargeResponse\"\x16\xba\xe3\x18\x12\n\x0e\x62illing.charge0\x01\x12Y\n\x06Refund\x12\x1a.services.v1.RefundRequest\x1a\x1b.services.v1.RefundResponse\"\x16\xba\xe3\x18\x12\n\x0e\x62illing.refund0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,7 +43,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REFUNDREQUEST']._serialized_start=161
   _globals['_REFUNDREQUEST']._serialized_end=194
   _globals['_REFUNDRESPONSE']._serialized_start=196
-  _globals['_REFUNDRESPONSE']._serialized_end=212
-  _globals['_BILLINGSERVICE']._serialized_start=215
-  _globals['_BILLINGSERVICE']._serialized_end=413
+  _globals['_REFUNDRESPONSE']._serialized_end=251
+  _globals['_BILLINGSERVICE']._serialized_start=254
+  _globals['_BILLINGSERVICE']._serialized_end=452
 # @@protoc_insertion_point(module_scope)

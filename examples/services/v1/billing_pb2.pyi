@@ -92,12 +92,21 @@ class RefundResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    REFUNDED_TO_FIELD_NUMBER: _builtins.int
+    ASKED_BY_FIELD_NUMBER: _builtins.int
+    refunded_to: _builtins.str
+    """Who gets the money: the subject of the token."""
+    asked_by: _builtins.str
+    """Who acted for it; empty where it called itself."""
     def __init__(
         self,
+        *,
+        refunded_to: _builtins.str = ...,
+        asked_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_by", b"asked_by", "refunded_to", b"refunded_to"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

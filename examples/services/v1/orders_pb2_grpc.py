@@ -45,6 +45,11 @@ class OrdersServiceStub(object):
                 request_serializer=services_dot_v1_dot_orders__pb2.CancelOrderRequest.SerializeToString,
                 response_deserializer=services_dot_v1_dot_orders__pb2.CancelOrderResponse.FromString,
                 _registered_method=True)
+        self.ReturnOrder = channel.unary_unary(
+                '/services.v1.OrdersService/ReturnOrder',
+                request_serializer=services_dot_v1_dot_orders__pb2.ReturnOrderRequest.SerializeToString,
+                response_deserializer=services_dot_v1_dot_orders__pb2.ReturnOrderResponse.FromString,
+                _registered_method=True)
 
 
 class OrdersServiceServicer(object):
@@ -65,6 +70,13 @@ class OrdersServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReturnOrder(self, request, context):
+        """Returns an order; billing refunds it to the caller, for whom orders acts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OrdersServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +89,11 @@ def add_OrdersServiceServicer_to_server(servicer, server):
                     servicer.CancelOrder,
                     request_deserializer=services_dot_v1_dot_orders__pb2.CancelOrderRequest.FromString,
                     response_serializer=services_dot_v1_dot_orders__pb2.CancelOrderResponse.SerializeToString,
+            ),
+            'ReturnOrder': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReturnOrder,
+                    request_deserializer=services_dot_v1_dot_orders__pb2.ReturnOrderRequest.FromString,
+                    response_serializer=services_dot_v1_dot_orders__pb2.ReturnOrderResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +151,33 @@ class OrdersService(object):
             '/services.v1.OrdersService/CancelOrder',
             services_dot_v1_dot_orders__pb2.CancelOrderRequest.SerializeToString,
             services_dot_v1_dot_orders__pb2.CancelOrderResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReturnOrder(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/services.v1.OrdersService/ReturnOrder',
+            services_dot_v1_dot_orders__pb2.ReturnOrderRequest.SerializeToString,
+            services_dot_v1_dot_orders__pb2.ReturnOrderResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,8 @@ class OrdersServiceStub:
     """Places orders; each is charged by a call to billing."""
     CancelOrder: _grpc.UnaryUnaryMultiCallable[_orders_pb2.CancelOrderRequest, _orders_pb2.CancelOrderResponse]
     """Cancels an order; billing refunds it, if orders may ask for that."""
+    ReturnOrder: _grpc.UnaryUnaryMultiCallable[_orders_pb2.ReturnOrderRequest, _orders_pb2.ReturnOrderResponse]
+    """Returns an order; billing refunds it to the caller, for whom orders acts."""
 
 @_typing.type_check_only
 class OrdersServiceAsyncStub(OrdersServiceStub):
@@ -47,6 +49,8 @@ class OrdersServiceAsyncStub(OrdersServiceStub):
     """Places orders; each is charged by a call to billing."""
     CancelOrder: _aio.UnaryUnaryMultiCallable[_orders_pb2.CancelOrderRequest, _orders_pb2.CancelOrderResponse]  # type: ignore[assignment]
     """Cancels an order; billing refunds it, if orders may ask for that."""
+    ReturnOrder: _aio.UnaryUnaryMultiCallable[_orders_pb2.ReturnOrderRequest, _orders_pb2.ReturnOrderResponse]  # type: ignore[assignment]
+    """Returns an order; billing refunds it to the caller, for whom orders acts."""
 
 class OrdersServiceServicer(metaclass=_abc_1.ABCMeta):
     """What a shop asks of orders."""
@@ -66,5 +70,13 @@ class OrdersServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_orders_pb2.CancelOrderResponse, _abc.Awaitable[_orders_pb2.CancelOrderResponse]]:
         """Cancels an order; billing refunds it, if orders may ask for that."""
+
+    @_abc_1.abstractmethod
+    def ReturnOrder(
+        self,
+        request: _orders_pb2.ReturnOrderRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orders_pb2.ReturnOrderResponse, _abc.Awaitable[_orders_pb2.ReturnOrderResponse]]:
+        """Returns an order; billing refunds it to the caller, for whom orders acts."""
 
 def add_OrdersServiceServicer_to_server(servicer: OrdersServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
