@@ -25,6 +25,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from authsvc.config import Grants, Registration
+from authsvc.keys.secrets import digest
 from authsvc.model import AuthMethod
 from authsvc_client.core.markers import LEEWAY_S, MARKER_LIFETIME_S
 from authsvc_client.v1 import auth_pb2, clients_pb2, keys_pb2, resources_pb2, sessions_pb2
@@ -66,9 +67,9 @@ SCOPES: Final = {JWT: "jwt.read", OPAQUE: "opaque.read", JWE: "jwe.read", KEPT: 
 AT_ONCE: Final = 8
 """Servers that are asked at the same time: to stop one is mostly waiting."""
 
-_KEY: Final = ec.generate_private_key(ec.SECP256R1())
+KEY: Final = ec.generate_private_key(ec.SECP256R1())
 _to_jwk = jwt.algorithms.ECAlgorithm.to_jwk
-JWK: Final[dict[str, str]] = _to_jwk(_KEY.public_key(), as_dict=True)
+JWK: Final[dict[str, str]] = _to_jwk(KEY.public_key(), as_dict=True)
 JWKS: Final = json.dumps({"keys": [JWK | {"kid": "k", "alg": "ES256", "use": "sig"}]})
 _jtis = iter(range(10**9))
 
@@ -84,7 +85,7 @@ def assertion(client_id: str, now: float) -> str:
     """private_key_jwt, made anew: each is good once."""
     claims = {"iss": client_id, "sub": client_id, "aud": ISSUER, "exp": int(now) + 300}
     claims["jti"] = f"jti-{next(_jtis)}"
-    return jwt.encode(claims, _KEY, algorithm="ES256", headers={"kid": "k"})
+    return jwt.encode(claims, KEY, algorithm="ES256", headers={"kid": "k"})
 
 
 def stamp(seconds: float) -> Timestamp:
@@ -242,6 +243,7 @@ ACCESS_TOKENS: Final = ("JWT", "opaque", "JWE", "exchanged", "of the grant", "of
 
 
 async def create_resources(server: Running, *resources: str) -> None:
+    """Resources of the names above, each with its form of tokens."""
     formats: dict[str, dict[str, Any]] = {
         OPAQUE: {"token_format": resources_pb2.TOKEN_FORMAT_OPAQUE},
         JWE: {"token_format": resources_pb2.TOKEN_FORMAT_JWE, "encryption_jwk": json.dumps(JWK)},
@@ -514,7 +516,7 @@ EVENTS: Final[dict[str, Stages]] = {
 
 
 @asynccontextmanager
-async def opened(directory: Path, clock: HandClock, **more: Any) -> AsyncIterator[Running]:
+async def serving(directory: Path, clock: HandClock, **more: Any) -> AsyncIterator[Running]:
     """A server whose chores are done when the probe says so."""
     lives = Grants(lifetime_days=GRANT_S / 86400, idle_days=6 / 24)
     registration = Registration(pending_days=PENDING_S / 86400)
@@ -555,20 +557,21 @@ async def _row(template: Path, scene: Scene, stages: Stages) -> dict[str, str]:
         def at(server: Running) -> Scene:
             return Scene(server, scene.app, scene.orders, held)
 
-        async with opened(directory, clock) as server:
+        async with serving(directory, clock) as server:
             living = await _living(at(server))
             _same(living, set(CREDENTIALS), "before")
             for when, step in stages:
                 await step(at(server))
+                await server.app.follow.poll()  # a slow machine may answer before it has applied
                 left = await _living(at(server))
                 _same(left - living, set(), "revived")
                 cells |= dict.fromkeys(living - left, f"{DIES} {when}".strip())
                 living = left
-        async with opened(directory, clock) as server:
+        async with serving(directory, clock) as server:
             _same(await _living(at(server)), living, "restarted")
         clock.advance(MARKER_LIFETIME_S + 1)
         sql(directory, "DELETE FROM feed", "UPDATE feed_head SET compacted_to = revision")
-        async with opened(directory, clock) as server:
+        async with serving(directory, clock) as server:
             _same(await _living(at(server)), living.difference(ACCESS_TOKENS), "compacted")
     return {name: cells.get(name, LIVES) for name in CREDENTIALS}
 
@@ -583,7 +586,7 @@ async def what_kills_what(events: Iterable[str] = EVENTS) -> Table:
     with tempfile.TemporaryDirectory() as temporary:
         template = Path(temporary) / "state"
         template.mkdir()
-        async with opened(template, hand_clock()) as server:
+        async with serving(template, hand_clock()) as server:
             scene = await equip(server)
         free = asyncio.Semaphore(AT_ONCE)
 
@@ -658,6 +661,7 @@ class Way:
     beside: str = ""
     """The client secret that goes with a refresh token."""
     own_name: str = ""
+    """The SPIFFE ID that it registers, and no other client."""
 
     def offer(self, now: float) -> dict[str, Any]:
         """What a request carries, beside `client_id`."""
@@ -804,9 +808,13 @@ async def _ways(server: Running, strangers: Desk) -> dict[str, Way]:
         way.refresh_token = await desk.open(way)
         ways[method.name.lower()] = way
         if method is AuthMethod.CLIENT_SECRET_POST:
-            ways["refresh token"] = replace(way, method=None, beside=way.text)
-            ways["refresh token"].refresh_token = await desk.open(way)
-            if await _answer(strangers, replace(ways["refresh token"], beside=""), (Desk.refresh,)):
+            opened = await desk.open(way)
+            ways["refresh token"] = replace(
+                way, text=opened, method=None, refresh_token=opened, beside=way.text
+            )
+            if await _is_taken(
+                strangers, replace(ways["refresh token"], beside=""), (Desk.refresh,)
+            ):
                 raise ProbeError("a refresh token alone was enough")
     initial = clients_pb2.InitialAccessToken(uses_left=1, expire_time=stamp(NOW + HOUR))
     bound = await server.member("bound", *OWN, "register")
@@ -834,7 +842,7 @@ async def _ways(server: Running, strangers: Desk) -> dict[str, Way]:
     return ways
 
 
-async def _answer(
+async def _is_taken(
     desk: Desk, way: Way, calls: Iterable[Callable[[Desk, Way], Awaitable[Any]]]
 ) -> bool:
     told = [await outcome(call(desk, way)) for call in calls]
@@ -843,12 +851,16 @@ async def _answer(
     return "OK" in told
 
 
+def _is_stored(directory: Path, value: bytes) -> bool:
+    return any(value in file.read_bytes() for file in directory.glob("authsvc.db*"))
+
+
 async def what_proves_whom() -> Table:
     """Way -> how it is offered, what is stored, and where it counts. Raises ProbeError."""
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary) / "state"
         directory.mkdir()
-        async with opened(directory, hand_clock(), tls_only=True) as server:
+        async with serving(directory, hand_clock(), tls_only=True) as server:
             stranger = identity("stranger")
             ways = await _ways(server, Desk(server.channel(stranger), NOW))
             table: Table = {}
@@ -856,6 +868,8 @@ async def what_proves_whom() -> Table:
                 for key, (offered, stored) in WORDS.items():
                     name = key.name.lower() if isinstance(key, AuthMethod) else key
                     way = ways.pop(name)
+                    if _is_stored(directory, digest(way.text)) is not (stored == DIGEST):
+                        raise ProbeError(f"{name}: not what is stored of it: {stored}")
                     desks = {
                         "mTLS": Desk(server.channel(way.who or stranger), NOW),
                         "TLS only": Desk(plain, NOW),
@@ -863,7 +877,7 @@ async def what_proves_whom() -> Table:
                     row = {"offered as": offered, "stored": stored}
                     for place, calls in PLACES.items():
                         where = [
-                            on for on, desk in desks.items() if await _answer(desk, way, calls)
+                            on for on, desk in desks.items() if await _is_taken(desk, way, calls)
                         ]
                         row[place] = "both" if len(where) > 1 else "".join(where) or "no"
                         if way.own_name and where:
@@ -878,6 +892,7 @@ async def what_proves_whom() -> Table:
 
 
 def markdown(corner: str, table: Table) -> str:
+    """A table with a name for its first column."""
     columns = [*next(iter(table.values()))]
     lines = [(corner, *columns), ("---",) * (len(columns) + 1)]
     lines += [(name, *row.values()) for name, row in table.items()]

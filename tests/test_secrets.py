@@ -240,7 +240,8 @@ class Run:
     async def sql(self, *statements: str, database: str = "") -> list[Any]:
         """By hand; in another database of the same PostgreSQL."""
         if not self.url:
-            credentials.sql(self.server.app._settings.state_dir, *statements)
+            directory = self.server.app._settings.state_dir
+            await asyncio.to_thread(credentials.sql, directory, *statements)
             return []
         url = make_url(self.url).set(drivername="postgresql")
         url = url.set(database=database) if database else url
@@ -278,7 +279,7 @@ async def run(
         key = new_seal_key()
         settings[name] = SecretStr(key.hex())
         seen.secrets[name] = set(spellings(key))
-    keys = {"client": credentials._KEY, "server": SERVER.key, "admin": ADMIN.key}
+    keys = {"client": credentials.KEY, "server": SERVER.key, "admin": ADMIN.key}
     for name, private in keys.items():
         assert isinstance(private, ec.EllipticCurvePrivateKey)
         seen.secrets[f"private key of {name}"] = forms_of_key(private)

@@ -75,16 +75,18 @@ class IssueToken:
         target = pick(request.resources, scopes, bool(request.scopes), catalog, self._issuer)
         if wants_refresh_token:
             return await self._granted(moment, client, proof, target, request.grant_type)
-        origin = proof.origin
-        if who.api_key is not None and not origin.root_jti:
-            origin = replace(origin, root_jti=who.api_key.api_key_id)  # it dies with the key
+        origin, expires = proof.origin, proof.expires
+        if who.api_key is not None:
+            if not origin.root_jti:
+                origin = replace(origin, root_jti=who.api_key.api_key_id)  # it dies with the key
+            expires = min(expires, who.api_key.expire_time or expires)
         answer = await self._mint(
             moment,
             client,
             peer,
             origin,
             target,
-            expires=proof.expires,
+            expires=expires,
             revision=who.api_key.rev if who.api_key is not None else None,
         )
         if request.exchange is None:

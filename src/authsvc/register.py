@@ -98,14 +98,13 @@ class CheckMetadata:
     async def __call__(
         self, asked: Registration, peer: Peer | None, *, known: ClientMetadata | None = None
     ) -> ClientMetadata:
-        """With a peer, of the CAs that vouch for it. `known` is what the client has already.
+        """With a peer, of the CAs that vouch for it. `known` is what the client has already: it may
+        keep what nobody could ask for any more.
 
         Raises AuthError INVALID_CLIENT_METADATA or NOT_IMPLEMENTED.
         """
         metadata = _with_defaults(asked, self._identity(asked, peer, known))
-        await self._require_known(metadata)
-        if metadata.may_act and await self._store.get(metadata.may_act) is None:
-            raise invalid("may_act", "no such client")
+        await self._require_there(metadata, known)
         return metadata
 
     def _identity(
@@ -127,8 +126,8 @@ class CheckMetadata:
         elif kind is IdentityKind.SAN_DNS:
             value = value.lower()
         has = known.identity if known is not None else None
-        if has is not None and has.value == value and has.kind is kind:
-            asked = replace(asked, identity_ca=asked.identity_ca or has.ca)
+        if has is not None and has == CertificateIdentity(kind, value, asked.identity_ca or has.ca):
+            return has
         pins = self._pins(trust_domain)
         candidates = pins if peer is None else pins & peer.paths.keys()
         if asked.identity_ca:
@@ -138,14 +137,21 @@ class CheckMetadata:
             raise invalid("tls_client_auth_ca", text)
         return CertificateIdentity(kind, value, next(iter(candidates)))
 
-    async def _require_known(self, metadata: ClientMetadata) -> None:
+    async def _require_there(self, metadata: ClientMetadata, known: ClientMetadata | None) -> None:
+        """That what it names newly is there."""
         catalog = await self._catalog()
-        for scope in sorted(metadata.scopes):
+        scopes, validates, may_act = metadata.scopes, metadata.validates, metadata.may_act
+        if known is not None:
+            scopes, validates = scopes - known.scopes, validates - known.validates
+            may_act = "" if may_act == known.may_act else may_act
+        for scope in sorted(scopes):
             if scope not in catalog.owner_of_scope:
                 raise invalid("scopes", f"no resource defines {scope}")
-        for audience in sorted(metadata.validates - {ANY_AUDIENCE}):
+        for audience in sorted(validates - {ANY_AUDIENCE}):
             if audience not in catalog.by_id:
                 raise invalid("validates", f"no such resource: {audience}")
+        if may_act and await self._store.get(may_act) is None:
+            raise invalid("may_act", "no such client")
 
 
 class RegisterClient:

@@ -16,7 +16,7 @@ from authsvc.model import ClientState
 from authsvc.store.sql import Database
 from authsvc.store.tables import CUTOFF
 from authsvc_client.core.markers import MarkerKind, marker_key
-from authsvc_client.v1 import auth_pb2, clients_pb2
+from authsvc_client.v1 import auth_pb2, clients_pb2, resources_pb2
 from tests.certs import Issued
 from tests.harness import (
     ADMIN,
@@ -169,6 +169,36 @@ async def test_what_is_taken_away_cuts_off_and_what_is_added_does_not(at: Runnin
     await at.auth(moved).IssueToken(request)
 
 
+async def test_what_is_gone_meanwhile_does_not_hold_up_other_changes(at: Running) -> None:
+    await at.resource("https://gone.test", "gone.read", "gone.write")
+    other = await at.member("other", "read")
+    gone: dict[str, Any] = {"scopes": ["read", "gone.read"], "validates": ["https://gone.test"]}
+    member = await at.register(identity("app"), may_act=other.client_id, **gone)
+    client_id = member.client.client_id
+    await at.approve(client_id)
+    delete = clients_pb2.DeleteClientRequest(client_id=other.client_id)
+    await at.clients().DeleteClient(delete)
+    resource = resources_pb2.DeleteResourceRequest(resource_id="https://gone.test")
+    await at.resources().DeleteResource(resource)
+    end = stamp(at.clock.wall() + DAY)
+    path = "approval_expire_time"
+    await update(at, client_id, path, "metadata.client_uri", approval_expire_time=end)
+    own = Own(at, identity("app"), member)
+    same: dict[str, Any] = {
+        "tls_client_auth_san_uri": spiffe("app"),
+        "may_act": other.client_id,
+        **gone,
+    }
+    assert (await own.update(**same)).state == APPROVED
+    more = ["read", "gone.read", "gone.write"]
+    assert await reason(update(at, client_id, scopes=more)) == "INVALID_CLIENT_METADATA"
+    assert await reason(own.update(**{**same, "scopes": more})) == "INVALID_CLIENT_METADATA"
+    less = await update(at, client_id, scopes=["read"], validates=[], may_act="")
+    assert not less.metadata.may_act
+    for again in ({"scopes": gone["scopes"]}, {"validates": gone["validates"]}):
+        assert await reason(update(at, client_id, **again)) == "INVALID_CLIENT_METADATA"
+
+
 async def test_from_a_certificate_to_a_secret_and_back(at: Running) -> None:
     member = await at.member("app", "read")
     changed = await update(
@@ -246,17 +276,11 @@ async def test_deleted_a_client_leaves_nothing_alive(at: Running) -> None:
         assert await reason(call) in ("CLIENT_AUTHENTICATION_FAILED", "INVALID_GRANT")
     assert await reason(client(at, member.client_id)) == "CLIENT_NOT_FOUND"
     assert await reason(at.clients().DeleteClient(request)) == "CLIENT_NOT_FOUND"
-    resources = (await at.resources().ListResources(_all_resources())).resources
+    resources = (await at.resources().ListResources(resources_pb2.ListResourcesRequest())).resources
     (own,) = (r for r in resources if r.resource_id == made.resource_id)
     assert own.owner_client_id == ""
     again = await at.member("app", "read")  # its name is free, its id is not used again
     assert again.client_id != member.client_id
-
-
-def _all_resources() -> Any:
-    from authsvc_client.v1 import resources_pb2
-
-    return resources_pb2.ListResourcesRequest()
 
 
 # --- secrets rotated ---

@@ -251,7 +251,6 @@ async def test_revoked_while_it_updates_itself_a_client_is_cut_off_for_good(at: 
             outcome(own.update(scopes=["read"], **same)),
         )
         assert found in ("OK", "REGISTRATION_TOKEN_INVALID")
-        await stub.RevokeClient(revoke(client_id=own.client_id))
         assert await reason(own.get()) == "REGISTRATION_TOKEN_INVALID"
 
 

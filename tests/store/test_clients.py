@@ -10,7 +10,7 @@ import pytest
 from authsvc.errors import Reason
 from authsvc.model import ApiKey, ClientState, IdentityKind, InitialAccessToken
 from authsvc.oauth.registration import as_of
-from authsvc.store.port import Admission, Store
+from authsvc.store.port import Admission, Store, change
 from authsvc_client.core.markers import MarkerKind
 from tests.store.conftest import Place
 from tests.store.test_contract import (
@@ -173,8 +173,6 @@ async def test_an_initial_access_token_that_is_none_any_more(store: Store, wrong
     end = await database_time(store) - 1 if wrong == "over" else 9e9
     await store.initial_access_tokens.add(a_token(expire_time=end, rev=await head(store)))
     if wrong == "cut off":
-        from authsvc.store.port import change
-
         await store.feed.append([change(MarkerKind.CUTOFF_EVERYTHING)])
     if wrong == "deleted":
         assert await store.initial_access_tokens.delete("it")
@@ -255,6 +253,35 @@ async def test_a_change_takes_what_an_approval_gave(store: Store, place: Place) 
         assert await cutoff(place, MarkerKind.CUTOFF_CLIENT, client_id) == revision
         found = await store.clients.by_registration_token(digest)
         assert (found is not None) is keep
+
+
+@pytest.mark.parametrize("cut_off", [False, True])
+async def test_a_registration_token_that_died_is_not_kept(store: Store, cut_off: bool) -> None:
+    """Its bearer was changing the client when somebody revoked it."""
+    made = a_client("one", state=APPROVED, registration_digest=b"token")
+    await store.clients.add(replace(made, registration_rev=await head(store)))
+    row = await store.clients.by_registration_token(b"token")
+    assert row is not None
+    await store.feed.append([change(MarkerKind.CUTOFF_CLIENT, "one")])
+    late = store.clients.replace(row, cut_off=cut_off, keep_registration=True)
+    assert await outcome(late) is Reason.REGISTRATION_TOKEN_INVALID
+    assert await store.clients.by_registration_token(b"token") is None
+    assert await store.clients.get("one") == row
+
+
+async def test_revoked_while_it_is_kept_a_registration_token_is_dead(
+    store: Store, place: Place
+) -> None:
+    other = place.open()
+    for number in range(16):
+        client_id, digest = f"c{number:02}", b"token%d" % number
+        made = a_client(client_id, registration_digest=digest, registration_rev=await head(store))
+        row = await store.clients.add(made)
+        await together(
+            store.clients.replace(row, cut_off=True, keep_registration=True),
+            other.feed.append([change(MarkerKind.CUTOFF_CLIENT, client_id)]),
+        )
+        assert await store.clients.by_registration_token(digest) is None
 
 
 async def test_of_changes_at_once_one_wins(store: Store, place: Place) -> None:

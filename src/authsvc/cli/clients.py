@@ -549,7 +549,7 @@ def show_client(
             ("beyond policy", list(client.policy_diff)),
             ("etag", client.etag),
             ("client_secret", Text(secret, "bold") if secret else ""),
-            ("token of its own", Text(registration_token, "bold") if registration_token else ""),
+            ("registration token", Text(registration_token, "bold") if registration_token else ""),
         )
     )
 

@@ -171,8 +171,8 @@ class ClientStore(Protocol):
         """Writes a client over the version that it was made from, and answers the revision.
 
         `cut_off` kills what was issued to it, as does the end of its approval; `keep_registration`
-        spares its registration token.
-        AuthError CLIENT_NOT_FOUND, ETAG_MISMATCH, ALREADY_EXISTS.
+        spares its registration token, which then has to be alive.
+        AuthError CLIENT_NOT_FOUND, ETAG_MISMATCH, ALREADY_EXISTS, REGISTRATION_TOKEN_INVALID.
         """
 
     async def delete(self, client_id: str, version: int | None) -> int:

@@ -45,7 +45,15 @@ from authsvc.store.port import (
 from authsvc.store.sql import Database, readable
 from authsvc.store.sql_feed import advance
 from authsvc.store.sql_initial_access import take_use
-from authsvc.store.tables import API_KEY, CLIENT, CUTOFF, HOLDS_NAME, REGISTRATION, RESOURCE
+from authsvc.store.tables import (
+    API_KEY,
+    CLIENT,
+    CUTOFF,
+    FEED_HEAD,
+    HOLDS_NAME,
+    REGISTRATION,
+    RESOURCE,
+)
 from authsvc_client.core.judge import cutoff_keys
 from authsvc_client.core.markers import MarkerKind, marker_key
 
@@ -190,6 +198,11 @@ class SqlClients:
         try:
             async with self._db.write() as connection:
                 was = await self._lock(connection, client.client_id, client.version)
+                if keep_registration:
+                    # With the head locked no cutoff can come between this look and the revision.
+                    await connection.execute(select(FEED_HEAD.c.id).with_for_update())
+                    if await _is_cut_off(connection, client):
+                        raise AuthError(Reason.REGISTRATION_TOKEN_INVALID)
                 ends = was is ClientState.APPROVED is not client.state
                 changes = client_changes(client.client_id, cut_off=cut_off or ends)
                 revision = await advance(self._db, connection, changes)
@@ -290,16 +303,8 @@ class SqlClients:
             client = next(_clients(found), None)
         if client is None:
             return None
-        # Read after the row: a cutoff that came between is seen, and none is missed.
-        everything = marker_key(MarkerKind.CUTOFF_EVERYTHING)
-        keys = (everything, *cutoff_keys(client.client_id, client.client_id))
-        above = select(CUTOFF.c.key).where(
-            CUTOFF.c.key.in_([key.hex() for key in keys]),
-            CUTOFF.c.revision > client.registration_rev,
-        )
-        async with self._db.read() as connection:
-            is_cut_off = (await connection.execute(above.limit(1))).first() is not None
-        return None if is_cut_off else client
+        async with self._db.read() as connection:  # after the row: none is missed
+            return None if await _is_cut_off(connection, client) else client
 
     async def secret_used(self, client_id: str) -> None:
         """See ClientStore."""
@@ -376,6 +381,17 @@ class SqlClients:
             .returning(CLIENT)
         )
         return _client(moved.one()), revision
+
+
+async def _is_cut_off(connection: AsyncConnection, client: Client) -> bool:
+    """Whether a cutoff is above its registration access token."""
+    everything = marker_key(MarkerKind.CUTOFF_EVERYTHING)
+    keys = (everything, *cutoff_keys(client.client_id, client.client_id))
+    above = select(CUTOFF.c.key).where(
+        CUTOFF.c.key.in_([key.hex() for key in keys]),
+        CUTOFF.c.revision > client.registration_rev,
+    )
+    return (await connection.execute(above.limit(1))).first() is not None
 
 
 def _row(client: Client) -> dict[str, Any]:

@@ -322,6 +322,7 @@ CUTOFFS: list[tuple[MarkerKind, tuple[str, ...], tuple[str, ...]]] = [
     (MarkerKind.CUTOFF_SUBJECT_CLIENT, ("alice", "robot"), ("agent", "robot")),
     (MarkerKind.CUTOFF_SUBJECT_CLIENT, ("agent", "shop"), ("alice", "other")),
     (MarkerKind.CUTOFF_SUBJECT_CLIENT, ("robot", "shop"), ("robo", "tshop")),
+    (MarkerKind.CUTOFF_SUBJECT_CLIENT, ("alice", "alice"), ("shop", "shop")),
     (MarkerKind.CUTOFF_RESOURCE, (PAYMENTS,), (ORDERS,)),
 ]
 
