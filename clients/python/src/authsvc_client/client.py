@@ -10,6 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from .core.claims import Claims
 from .core.reason import Reason
+from .core.step_up import NO_STEP_UP, StepUp
 from .errors import AuthsvcError, reason_of
 from .token_source import Token, TokenSource
 from .v1 import auth_pb2
@@ -34,6 +35,11 @@ class RemoteVerdict:
     reusable_until: float
     """Until when, in seconds since the epoch by authsvc's clock, the same question may be answered
     by this again."""
+    missing_permissions: frozenset[str] = frozenset()
+    permissions: frozenset[str] = frozenset()
+    """Live ones of the subject, where they were asked for."""
+    www_authenticate: str = ""
+    """Ready text of that header, where a stronger or more recent authentication is needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,15 +137,23 @@ class AuthsvcClient:
         scopes: Iterable[str] = (),
         thumbprint: str = "",
         require_bound: bool = False,
+        permissions: Iterable[str] = (),
+        step_up: StepUp = NO_STEP_UP,
+        full: bool = False,
     ) -> RemoteVerdict:
-        """Judges an access token; one that is not active is an answer, no error."""
+        """Judges an access token; one that is not active is an answer, no error. `permissions` of
+        its subject must be held now; `full` answers all of them."""
         request = auth_pb2.ValidateTokenRequest(
             token=token,
             audience=audience,
             required_scopes=scopes,
             require_bound=require_bound,
-            view=auth_pb2.TOKEN_VIEW_CLAIMS,
+            required_permissions=permissions,
+            acr_values=step_up.acr_values,
+            view=auth_pb2.TOKEN_VIEW_FULL if full else auth_pb2.TOKEN_VIEW_CLAIMS,
         )
+        if step_up.max_age_s is not None:
+            request.max_age.FromSeconds(step_up.max_age_s)
         if thumbprint:
             request.presenter.certificate_thumbprint = thumbprint
         return _verdict(await self._call(self.stub.ValidateToken, request))
@@ -244,6 +258,9 @@ def _verdict(response: auth_pb2.ValidateTokenResponse) -> RemoteVerdict:
         missing_scopes=frozenset(response.missing_scopes),
         revision=response.revision,
         reusable_until=until.seconds + until.nanos / 1e9,
+        missing_permissions=frozenset(response.missing_permissions),
+        permissions=frozenset(response.permissions),
+        www_authenticate=response.step_up_challenge.www_authenticate,
     )
 
 
@@ -269,6 +286,8 @@ def _claims(claims: auth_pb2.TokenClaims) -> Claims:
         actors=_actors(claims),
         may_act=claims.may_act,
         key_ids=tuple(claims.key_ids),
+        permissions=tuple(claims.permissions),
+        permissions_revision=claims.permissions_revision,
     )
 
 

@@ -19,6 +19,7 @@ from . import clock
 from .core.claims import Claims
 from .core.jws import TOKEN_CHARS_MAX
 from .core.reason import Reason
+from .core.step_up import StepUp
 from .errors import AuthsvcError, error_trailers
 from .identity import Caller, current
 from .rules import Rule, rules_of
@@ -41,6 +42,8 @@ class Verdict(Protocol):
     def claims(self) -> Claims | None: ...
     @property
     def missing_scopes(self) -> frozenset[str]: ...
+    @property
+    def missing_permissions(self) -> frozenset[str]: ...
 
 
 class Validator(Protocol):
@@ -54,6 +57,8 @@ class Validator(Protocol):
         scopes: frozenset[str],
         thumbprint: str,
         require_bound: bool,
+        permissions: frozenset[str],
+        step_up: StepUp,
     ) -> Verdict:
         """Raises where no answer can be had: the call is then refused."""
 
@@ -148,9 +153,11 @@ class RequireInterceptor(grpc.aio.ServerInterceptor):
             scopes=rule.scopes,
             thumbprint=peer.thumbprint if peer else "",
             require_bound=rule.require_bound,
+            permissions=rule.permissions,
+            step_up=rule.step_up,
         )
         if not verdict.active:
-            return _inactive(verdict)
+            return _inactive(verdict, rule.step_up)
         if verdict.claims is None:
             raise ValueError("active without claims")
         return Caller.of(verdict.claims, token)
@@ -200,13 +207,27 @@ _NO_RULE = _refusal(
 _NOT_ASYNC = _refusal(grpc.StatusCode.INTERNAL, "the method cannot be served", Reason.INTERNAL)
 
 
-def _inactive(verdict: Verdict) -> _Refusal:
+def _inactive(verdict: Verdict, step_up: StepUp) -> _Refusal:
     if verdict.reason is Reason.INSUFFICIENT_SCOPE:
         return _refusal(
             grpc.StatusCode.PERMISSION_DENIED,
             "the token lacks a scope",
             Reason.INSUFFICIENT_SCOPE,
             {"scope": " ".join(sorted(verdict.missing_scopes))},
+        )
+    if verdict.reason is Reason.INSUFFICIENT_PERMISSIONS:
+        return _refusal(
+            grpc.StatusCode.PERMISSION_DENIED,
+            "a permission is missing",
+            Reason.INSUFFICIENT_PERMISSIONS,
+            {"permission": " ".join(sorted(verdict.missing_permissions))},
+        )
+    if verdict.reason is Reason.INSUFFICIENT_USER_AUTHENTICATION:
+        return _refusal(
+            grpc.StatusCode.PERMISSION_DENIED,
+            "a stronger or more recent authentication is needed",
+            Reason.INSUFFICIENT_USER_AUTHENTICATION,
+            step_up.metadata(),
         )
     return _unauthenticated(verdict.reason or Reason.TOKEN_INACTIVE)
 

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from .core.step_up import NO_STEP_UP, StepUp, is_acr
 from .v1.annotations_pb2 import Require, require
 
-ENFORCED = frozenset({"scopes", "audience", "mtls", "public"})
-"""Fields that an interceptor of this version enforces; any other refuses to start."""
-
 SCOPES_MAX = 64
+PERMISSIONS_MAX = 64
+ACR_VALUES_MAX = 16
 AUDIENCE_CHARS_MAX = 512
 _scope = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]{1,128}").fullmatch  # RFC 6749 section 3.3
+_permission = re.compile(r"[A-Za-z0-9._:/-]{1,128}").fullmatch
 
 
 class RuleRefused(ValueError):
@@ -37,6 +38,8 @@ class Rule:
     audience: str
     require_bound: bool
     public: bool
+    permissions: frozenset[str] = frozenset()
+    step_up: StepUp = NO_STEP_UP
 
 
 def rules_of(services: Iterable[ServiceDescriptor], audience: str) -> Mapping[str, Rule]:
@@ -57,13 +60,19 @@ def _rule_of(method: MethodDescriptor, audience: str) -> Rule:
         raise RuleRefused(method.full_name, "(authsvc.v1.require)", "the method has no rule")
     rule = options.Extensions[require]
     _require_enforceable(method.full_name, rule)
-    return Rule(frozenset(rule.scopes), rule.audience or audience, rule.mtls, rule.public)
+    max_age_s = rule.max_age.seconds if rule.HasField("max_age") else None
+    return Rule(
+        frozenset(rule.scopes),
+        rule.audience or audience,
+        rule.mtls,
+        rule.public,
+        frozenset(rule.permissions),
+        StepUp(tuple(rule.acr), max_age_s) if rule.acr or max_age_s is not None else NO_STEP_UP,
+    )
 
 
 def _require_enforceable(method: str, rule: Require) -> None:
     fields = {field.name for field, _ in rule.ListFields()}
-    for field in sorted(fields - ENFORCED):
-        raise RuleRefused(method, field, "this version cannot enforce it")
     if unknown := UnknownFieldSet(rule):
         number = str(unknown[0].field_number)
         raise RuleRefused(method, number, "this version does not know the field of that number")
@@ -72,5 +81,13 @@ def _require_enforceable(method: str, rule: Require) -> None:
         raise RuleRefused(method, "public", f"excludes {others}")
     if len(rule.scopes) > SCOPES_MAX or not all(map(_scope, rule.scopes)):
         raise RuleRefused(method, "scopes", f"at most {SCOPES_MAX}, each of RFC 6749 section 3.3")
+    if len(rule.permissions) > PERMISSIONS_MAX or not all(map(_permission, rule.permissions)):
+        problem = f"at most {PERMISSIONS_MAX}, each 1 to 128 characters of A-Z a-z 0-9 . _ : / -"
+        raise RuleRefused(method, "permissions", problem)
+    if len(rule.acr) > ACR_VALUES_MAX or not all(map(is_acr, rule.acr)):
+        problem = f"at most {ACR_VALUES_MAX}, each 1 to 128 characters without space and quotes"
+        raise RuleRefused(method, "acr", problem)
+    if rule.max_age.nanos or rule.max_age.seconds < 0:
+        raise RuleRefused(method, "max_age", "is not a whole number of seconds")
     if len(rule.audience) > AUDIENCE_CHARS_MAX:
         raise RuleRefused(method, "audience", f"at most {AUDIENCE_CHARS_MAX} characters")

@@ -79,7 +79,7 @@ def test_claims_a_party_that_is_not_named_by_its_sub_alone_is_refused(may_act: A
 
 def test_claims_of_the_least_payload() -> None:
     least = parse_claims(claims("scope", "gid", "sid", "rti", "act"))
-    assert least[8:] == (REVISION, 0, "", "", "", "", "", None, "", (), (), "", ())
+    assert least[8:] == (REVISION, 0, "", "", "", "", "", None, "", (), (), "", (), (), 0)
     assert least.scopes == frozenset()
 
 

@@ -14,6 +14,7 @@ from authsvc_client.core.judge import ANY_AUDIENCE, REUSABLE_S, Question, Verdic
 from authsvc_client.core.markers import LEEWAY_S, MarkerKind
 from authsvc_client.core.reason import Reason
 from authsvc_client.core.state import REVISIONS_PER_EPOCH, StateStale
+from authsvc_client.core.step_up import StepUp
 
 from .tokens import (
     ASK,
@@ -90,15 +91,17 @@ SIGNED: list[tuple[str, Reason, Fault]] = [
     ("early", Reason.TOKEN_NOT_YET_VALID, _claim(iat=NOW + LEEWAY_S + 1)),
     ("jti", Reason.TOKEN_REVOKED, _mark(MarkerKind.TOKEN_DEAD, "jti-1")),
     ("rti", Reason.TOKEN_REVOKED, _mark(MarkerKind.TOKEN_DEAD, "rti-1")),
-    ("gid", Reason.GRANT_REVOKED, _mark(MarkerKind.GRANT_DEAD, "gid-1")),
     ("sid", Reason.SESSION_ENDED, _mark(MarkerKind.SESSION_DEAD, "sid-1")),
+    ("gid", Reason.GRANT_REVOKED, _mark(MarkerKind.GRANT_DEAD, "gid-1")),
     ("tainted", Reason.TOKEN_KEY_TAINTED, _mark(MarkerKind.KEY_TAINTED, "key-1")),
     ("cutoff", Reason.TOKEN_CUT_OFF, _mark(MarkerKind.CUTOFF_EVERYTHING)),
     ("audience", Reason.TOKEN_AUDIENCE_WRONG, _ask(audience=ORDERS)),
     ("mismatch", Reason.PROOF_MISMATCH, _claim(cnf={"x5t#S256": THUMBPRINT[::-1]})),
     ("scope", Reason.INSUFFICIENT_SCOPE, _ask(scopes=frozenset({"pay.admin"}))),
+    ("acr", Reason.INSUFFICIENT_USER_AUTHENTICATION, _ask(step_up=StepUp(("gold",)))),
 ]
 OTHERS: list[tuple[str, Reason, Fault]] = [
+    ("age", Reason.INSUFFICIENT_USER_AUTHENTICATION, _ask(step_up=StepUp(max_age_s=60))),
     ("no proof", Reason.PROOF_MISSING, _claim(cnf={"jkt": THUMBPRINT})),
     ("not bound", Reason.TOKEN_NOT_BOUND, _ask(require_bound=True)),
 ]
@@ -123,7 +126,8 @@ def test_judge_one_fault_is_the_reason_and_without_it_the_token_is_active(
     assert (verdict.reason, verdict.active) == (reason, False)
     assert verdict.visible == (reason is not Reason.TOKEN_INACTIVE)
     assert verdict.reusable_until >= verdict.check_time == NOW
-    assert (verdict.verified is None) == (reason is not Reason.INSUFFICIENT_SCOPE)
+    knows = {Reason.INSUFFICIENT_SCOPE, Reason.INSUFFICIENT_USER_AUTHENTICATION}
+    assert (verdict.verified is None) == (reason not in knows)
 
 
 def test_judge_every_reason_in_the_code_has_a_case() -> None:
@@ -149,6 +153,36 @@ def test_judge_a_known_header_or_token_does_not_change_what_is_told_first() -> N
     _claim(iss="https://other.example")(case)
     assert case.judge().reason is Reason.TOKEN_ISSUER_WRONG
     assert case.rig.verifier.checked == checked
+
+
+# How, and how long ago, a person authenticated (RFC 9470)
+
+
+@pytest.mark.parametrize(
+    ("step_up", "claims", "met"),
+    [
+        (StepUp(), {}, True),
+        (StepUp(("gold", "silver")), {"acr": "silver"}, True),
+        (StepUp(("gold", "silver")), {"acr": "bronze"}, False),
+        (StepUp(("gold",)), {}, False),
+        (StepUp(max_age_s=60), {"auth_time": NOW - 60}, True),
+        (StepUp(max_age_s=60), {"auth_time": NOW - 61}, False),
+        (StepUp(max_age_s=60), {}, False),
+        (StepUp(max_age_s=0), {"auth_time": NOW}, True),
+        (StepUp(max_age_s=0), {"auth_time": NOW - 1}, False),
+        (StepUp(("gold",), 60), {"acr": "gold", "auth_time": NOW - 61}, False),
+        (StepUp(("gold",), 60), {"acr": "silver", "auth_time": NOW}, False),
+        (StepUp(("gold",), 60), {"acr": "gold", "auth_time": NOW}, True),
+    ],
+    ids=str,
+)
+def test_judge_step_up(step_up: StepUp, claims: dict[str, Any], met: bool) -> None:
+    rig = Rig()
+    verdict = rig.judge(rig.token(**claims), replace(ASK, step_up=step_up), BOOT)
+    assert verdict.active is met
+    assert verdict.step_up == (StepUp() if met else step_up)
+    if met and step_up.max_age_s is not None:
+        assert verdict.reusable_until <= claims["auth_time"] + step_up.max_age_s
 
 
 # Who may know

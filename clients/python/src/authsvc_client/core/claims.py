@@ -42,6 +42,10 @@ class Claims(NamedTuple):
     """`may_act.sub`: the only one that may act for its subject (RFC 8693 section 4.4)."""
     key_ids: tuple[str, ...] = ()
     """`kids`: signing keys of the tokens that it was exchanged from."""
+    permissions: tuple[str, ...] = ()
+    """`permissions`: of its subject on its audience when it was made, not the live ones."""
+    permissions_revision: int = 0
+    """`prv`: revision by which these were read."""
 
 
 def parse_claims(payload: Mapping[str, Any]) -> Claims:
@@ -73,6 +77,8 @@ def parse_claims(payload: Mapping[str, Any]) -> Claims:
         actors=_actors(payload),
         may_act=_may_act(payload),
         key_ids=_texts(payload["kids"]) if "kids" in payload else (),
+        permissions=_texts(payload["permissions"]) if "permissions" in payload else (),
+        permissions_revision=_number(payload, "prv") if "prv" in payload else 0,
     )
 
 

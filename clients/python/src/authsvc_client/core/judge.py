@@ -1,6 +1,6 @@
 """The judgement of an access token: one function for server, agent and local validation."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -11,6 +11,7 @@ from .jws import Refused, Verifier, decode, json_object, split
 from .markers import LEEWAY_S, MarkerKind, marker_key
 from .reason import Reason
 from .state import State
+from .step_up import NO_STEP_UP, StepUp
 
 ANY_AUDIENCE = "*"
 REUSABLE_S = 1.0
@@ -30,6 +31,10 @@ class Question:
     thumbprint: str = ""
     """`x5t#S256` of the presenter's certificate, if one was shown."""
     require_bound: bool = False
+    step_up: StepUp = NO_STEP_UP
+    """Which authentication of its person is asked for."""
+    permissions: frozenset[str] = frozenset()
+    """Live permissions of its subject on the audience; the issuer alone judges them."""
 
 
 @dataclass(slots=True)
@@ -44,6 +49,9 @@ class Verdict:
     verified: "Verified | None" = None
     missing_scopes: frozenset[str] = frozenset()
     visible: bool = True
+    step_up: StepUp = NO_STEP_UP
+    """The challenge, with INSUFFICIENT_USER_AUTHENTICATION."""
+    missing_permissions: frozenset[str] = frozenset()
 
     @property
     def active(self) -> bool:
@@ -87,10 +95,10 @@ def _marks(taint: bytes, claims: Claims) -> tuple[tuple[bytes, Reason], ...]:
     found = [(marker_key(MarkerKind.TOKEN_DEAD, claims.jti), Reason.TOKEN_REVOKED)]
     if claims.root_jti:
         found.append((marker_key(MarkerKind.TOKEN_DEAD, claims.root_jti), Reason.TOKEN_REVOKED))
+    if claims.session_id:  # before the grants in it, which end with it
+        found.append((marker_key(MarkerKind.SESSION_DEAD, claims.session_id), Reason.SESSION_ENDED))
     if claims.grant_id:
         found.append((marker_key(MarkerKind.GRANT_DEAD, claims.grant_id), Reason.GRANT_REVOKED))
-    if claims.session_id:
-        found.append((marker_key(MarkerKind.SESSION_DEAD, claims.session_id), Reason.SESSION_ENDED))
     taints = (taint, *map(_taint, claims.key_ids))
     return (*found, *((key, Reason.TOKEN_KEY_TAINTED) for key in taints))
 
@@ -129,7 +137,7 @@ class Judge:
 
     def __init__(self, issuer: str, state: State, *, cache_bytes: int = 64 * 2**20) -> None:
         self.state = state
-        self._issuer = issuer
+        self.issuer = issuer
         self._cache: BytesCache[str, Verified] = BytesCache(cache_bytes)
 
     def __call__(
@@ -145,12 +153,12 @@ class Judge:
         try:
             verified = known or self._find(token, question)
             claims = verified.claims
-            _require_entitled(question, claims.audiences)
+            require_entitled(question, claims.audiences)
             if state.staleness:
                 state.require_fresh(boot, claims.audiences)
-            self._require_alive(verified, now)
-            _require_audience(question, claims)
-            _require_proof(question, claims)
+            self.require_alive(verified, now)
+            require_audience(question, claims)
+            require_proof(question, claims)
         except Refused as refusal:
             return Verdict(refusal.reason, state.revision, now, now, visible=refusal.visible)
         reusable = min(now + REUSABLE_S, claims.expires)
@@ -159,6 +167,13 @@ class Judge:
             return Verdict(
                 Reason.INSUFFICIENT_SCOPE, state.revision, now, reusable, verified, missing
             )
+        step_up = question.step_up
+        if step_up is not NO_STEP_UP:
+            if not step_up.is_met(claims.acr, claims.auth_time, now):
+                reason = Reason.INSUFFICIENT_USER_AUTHENTICATION
+                return Verdict(reason, state.revision, now, reusable, verified, step_up=step_up)
+            if step_up.max_age_s is not None and claims.auth_time is not None:
+                reusable = min(reusable, claims.auth_time + step_up.max_age_s)
         return Verdict(Reason.UNSPECIFIED, state.revision, now, reusable, verified)
 
     def identify(self, token: str, boot: float, known: Verified | None = None) -> Verified | None:
@@ -169,7 +184,7 @@ class Judge:
         self.state.require_fresh(boot)
         try:
             verified = known or self._find(token, _ANYTHING)
-            self._require_alive(verified, self.state.now(boot))
+            self.require_alive(verified, self.state.now(boot))
         except Refused:
             return None
         return verified
@@ -187,36 +202,40 @@ class Judge:
 
         The asker's right to the audience comes first: without it no other reason is ever told.
         """
-        _require_entitled(question, question.audiences)
+        require_entitled(question, question.audiences)
         header_b64, payload_b64, signature_b64 = split(token)
         payload = json_object(decode(payload_b64))
-        _require_entitled(question, audiences_of(payload))
+        require_entitled(question, audiences_of(payload))
         keys = self.state.keys
-        verifier = keys.by_header.get(header_b64) or self._resolve(header_b64)
-        if payload.get("iss") != self._issuer:
-            raise Refused(Reason.TOKEN_ISSUER_WRONG)
+        verifier = keys.by_header.get(header_b64)
+        header = json_object(decode(header_b64)) if verifier is None else {}
         if verifier is None:
-            raise Refused(Reason.TOKEN_KEY_UNKNOWN)
+            require_type(header)
+            require_members(header)
+        self.require_issuer(payload)
+        verifier = verifier or self.find_key(header)
         verifier.verify(f"{header_b64}.{payload_b64}".encode(), decode(signature_b64))
         keys.by_header[header_b64] = verifier
         verified = Verified(verifier, parse_claims(payload))
         self._cache.put(token, verified, len(token) + _ENTRY_BYTES)
         return verified
 
-    def _resolve(self, header_b64: str) -> Verifier | None:
-        header = json_object(decode(header_b64))
-        kid, typ = header.get("kid"), header.get("typ")
-        if not isinstance(typ, str) or typ.lower() not in TOKEN_TYPES:
-            raise Refused(Reason.TOKEN_TYPE_WRONG)
-        if header.keys() != {"alg", "kid", "typ"} or not isinstance(kid, str):
-            # crit, jwk, jku, x5u, x5c, zip, cty: refused, not ignored (RFC 8725 section 3.10).
-            raise Refused(Reason.TOKEN_MALFORMED)
-        verifier = self.state.keys.by_kid.get(kid)
-        if verifier is None and self.state.is_dead(_taint(kid)):
-            raise Refused(Reason.TOKEN_KEY_TAINTED)  # nobody need wait for it to be published
-        return verifier if verifier is not None and verifier.alg == header["alg"] else None
+    def require_issuer(self, payload: Mapping[str, Any]) -> None:
+        """Raises Refused unless it is from the issuer of this judge."""
+        if payload.get("iss") != self.issuer:
+            raise Refused(Reason.TOKEN_ISSUER_WRONG)
 
-    def _require_alive(self, verified: Verified, now: float) -> None:
+    def find_key(self, header: Mapping[str, Any]) -> Verifier:
+        """The key that a header names, by its one algorithm; raises Refused."""
+        verifier = self.state.keys.by_kid.get(header["kid"])
+        if verifier is None and self.state.is_dead(_taint(header["kid"])):
+            raise Refused(Reason.TOKEN_KEY_TAINTED)  # nobody need wait for it to be published
+        if verifier is None or verifier.alg != header["alg"]:
+            raise Refused(Reason.TOKEN_KEY_UNKNOWN)
+        return verifier
+
+    def require_alive(self, verified: Verified, now: float) -> None:
+        """Raises Refused for what is over, not yet begun, dead or cut off."""
         state, claims = self.state, verified.claims
         if claims.expires + LEEWAY_S <= now:
             raise Refused(Reason.TOKEN_EXPIRED)
@@ -229,7 +248,20 @@ class Judge:
             raise Refused(Reason.TOKEN_CUT_OFF)
 
 
-def _require_entitled(question: Question, audiences: Collection[str]) -> None:
+def require_type(header: Mapping[str, Any]) -> None:
+    """Raises Refused for a JWT of another kind (RFC 8725 section 3.11)."""
+    typ = header.get("typ")
+    if not isinstance(typ, str) or typ.lower() not in TOKEN_TYPES:
+        raise Refused(Reason.TOKEN_TYPE_WRONG)
+
+
+def require_members(header: Mapping[str, Any]) -> None:
+    """Refuses crit, jwk, jku, x5u, x5c, zip, cty, rather than ignore them (RFC 8725 3.10)."""
+    if header.keys() != {"alg", "kid", "typ"} or not isinstance(header["kid"], str):
+        raise Refused(Reason.TOKEN_MALFORMED)
+
+
+def require_entitled(question: Question, audiences: Collection[str]) -> None:
     """Refuses invisibly: who may not validate a token learns nothing of it, whatever its state."""
     allowed = question.audiences
     if ANY_AUDIENCE in allowed:
@@ -240,12 +272,13 @@ def _require_entitled(question: Question, audiences: Collection[str]) -> None:
         raise Refused(Reason.TOKEN_INACTIVE, visible=False)
 
 
-def _require_audience(question: Question, claims: Claims) -> None:
+def require_audience(question: Question, claims: Claims) -> None:
+    """Raises Refused for a token that is not for the expected one."""
     if question.audience and question.audience not in claims.audiences:
         raise Refused(Reason.TOKEN_AUDIENCE_WRONG)
 
 
-def _require_proof(question: Question, claims: Claims) -> None:
+def require_proof(question: Question, claims: Claims) -> None:
     """Proof of possession (RFC 8705 section 3): a bound token is worth nothing without its key."""
     if claims.jwk_thumbprint:
         raise Refused(Reason.PROOF_MISSING)

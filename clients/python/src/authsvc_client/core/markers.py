@@ -34,6 +34,7 @@ class MarkerKind(IntEnum):
     RESOURCE_CHANGED = 12
     KEYS_CHANGED = 13
     CUTOFF_RESOURCE = 14
+    USER_CHANGED = 15
 
 
 DEAD_KINDS = frozenset(

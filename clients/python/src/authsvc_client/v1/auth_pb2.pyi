@@ -89,6 +89,8 @@ class _MarkerKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MarkerKind
     """Signing keys changed."""
     MARKER_KIND_CUTOFF_RESOURCE: _MarkerKind.ValueType  # 14
     """Everything for a resource, which was deleted, below the revision is dead."""
+    MARKER_KIND_USER_CHANGED: _MarkerKind.ValueType  # 15
+    """A user changed."""
 
 class MarkerKind(_MarkerKind, metaclass=_MarkerKindEnumTypeWrapper):
     """Kinds of change."""
@@ -125,6 +127,8 @@ MARKER_KIND_KEYS_CHANGED: MarkerKind.ValueType  # 13
 """Signing keys changed."""
 MARKER_KIND_CUTOFF_RESOURCE: MarkerKind.ValueType  # 14
 """Everything for a resource, which was deleted, below the revision is dead."""
+MARKER_KIND_USER_CHANGED: MarkerKind.ValueType  # 15
+"""A user changed."""
 Global___MarkerKind: _TypeAlias = MarkerKind  # noqa: Y015
 
 @_typing.final
@@ -176,7 +180,9 @@ Global___ClientCredentialsGrant: _TypeAlias = ClientCredentialsGrant  # noqa: Y0
 
 @_typing.final
 class PasswordGrant(_message.Message):
-    """A person's password, to a trusted first party (RFC 6749 section 4.3)."""
+    """A person's password, to a first party (RFC 6749 section 4.3): off by default, and to be avoided
+    (RFC 9700 section 2.4). Opens a session, and answers a refresh token to clients registered for it.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -710,7 +716,9 @@ class ValidateTokenRequest(_message.Message):
     token: _builtins.str
     """Required. At most 8 KiB."""
     audience: _builtins.str
-    """Expected audience; any of those that the caller may validate when empty. At most 512 characters."""
+    """Expected audience, whose permissions are meant too; any of those that the caller may validate when
+    empty. At most 512 characters.
+    """
     require_bound: _builtins.bool
     """The token must be bound to the presenter's certificate."""
     view: Global___TokenView.ValueType
@@ -778,6 +786,7 @@ class ValidateTokenResponse(_message.Message):
     CHECK_TIME_FIELD_NUMBER: _builtins.int
     REUSABLE_UNTIL_FIELD_NUMBER: _builtins.int
     MISSING_SCOPES_FIELD_NUMBER: _builtins.int
+    MISSING_PERMISSIONS_FIELD_NUMBER: _builtins.int
     active: _builtins.bool
     """The token holds, for all that was asked."""
     reason: _error_reason_pb2.ErrorReason.ValueType
@@ -790,7 +799,7 @@ class ValidateTokenResponse(_message.Message):
 
     @_builtins.property
     def permissions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Live permissions of the subject on the audience, in the view FULL."""
+        """Live permissions of the subject on the audience, in the view FULL, in alphabetical order."""
 
     @_builtins.property
     def step_up_challenge(self) -> Global___StepUpChallenge:
@@ -808,6 +817,10 @@ class ValidateTokenResponse(_message.Message):
     def missing_scopes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What is missing, with INSUFFICIENT_SCOPE."""
 
+    @_builtins.property
+    def missing_permissions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What is missing, with INSUFFICIENT_PERMISSIONS."""
+
     def __init__(
         self,
         *,
@@ -820,10 +833,11 @@ class ValidateTokenResponse(_message.Message):
         check_time: _timestamp_pb2.Timestamp | None = ...,
         reusable_until: _timestamp_pb2.Timestamp | None = ...,
         missing_scopes: _abc.Iterable[_builtins.str] | None = ...,
+        missing_permissions: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["check_time", b"check_time", "claims", b"claims", "reusable_until", b"reusable_until", "step_up_challenge", b"step_up_challenge"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "check_time", b"check_time", "claims", b"claims", "missing_scopes", b"missing_scopes", "permissions", b"permissions", "reason", b"reason", "reusable_until", b"reusable_until", "revision", b"revision", "step_up_challenge", b"step_up_challenge"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "check_time", b"check_time", "claims", b"claims", "missing_permissions", b"missing_permissions", "missing_scopes", b"missing_scopes", "permissions", b"permissions", "reason", b"reason", "reusable_until", b"reusable_until", "revision", b"revision", "step_up_challenge", b"step_up_challenge"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -855,6 +869,8 @@ class TokenClaims(_message.Message):
     ROOT_JTI_FIELD_NUMBER: _builtins.int
     MAY_ACT_FIELD_NUMBER: _builtins.int
     KEY_IDS_FIELD_NUMBER: _builtins.int
+    PERMISSIONS_FIELD_NUMBER: _builtins.int
+    PERMISSIONS_REVISION_FIELD_NUMBER: _builtins.int
     issuer: _builtins.str
     """`iss`."""
     subject: _builtins.str
@@ -879,6 +895,8 @@ class TokenClaims(_message.Message):
     """`rti`: `jti` of the token that an exchange began with."""
     may_act: _builtins.str
     """`may_act.sub`: the only one that may act for the subject (RFC 8693 section 4.4)."""
+    permissions_revision: _builtins.int
+    """`prv`: revision by which these were read; 0 without them."""
     @_builtins.property
     def audiences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """`aud`."""
@@ -911,6 +929,12 @@ class TokenClaims(_message.Message):
     def key_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """`kids`: signing keys of the tokens that it was exchanged from; tainted, they kill it."""
 
+    @_builtins.property
+    def permissions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """`permissions`: of its subject on its audience when it was made, where the resource asks for that;
+        not the live ones.
+        """
+
     def __init__(
         self,
         *,
@@ -934,10 +958,12 @@ class TokenClaims(_message.Message):
         root_jti: _builtins.str = ...,
         may_act: _builtins.str = ...,
         key_ids: _abc.Iterable[_builtins.str] | None = ...,
+        permissions: _abc.Iterable[_builtins.str] | None = ...,
+        permissions_revision: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "auth_time", b"auth_time", "expire_time", b"expire_time", "issue_time", b"issue_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acr", b"acr", "actor", b"actor", "amr", b"amr", "audiences", b"audiences", "auth_time", b"auth_time", "certificate_thumbprint", b"certificate_thumbprint", "client_id", b"client_id", "expire_time", b"expire_time", "grant_id", b"grant_id", "issue_time", b"issue_time", "issuer", b"issuer", "jti", b"jti", "jwk_thumbprint", b"jwk_thumbprint", "key_ids", b"key_ids", "may_act", b"may_act", "revision", b"revision", "root_jti", b"root_jti", "scopes", b"scopes", "session_id", b"session_id", "subject", b"subject"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acr", b"acr", "actor", b"actor", "amr", b"amr", "audiences", b"audiences", "auth_time", b"auth_time", "certificate_thumbprint", b"certificate_thumbprint", "client_id", b"client_id", "expire_time", b"expire_time", "grant_id", b"grant_id", "issue_time", b"issue_time", "issuer", b"issuer", "jti", b"jti", "jwk_thumbprint", b"jwk_thumbprint", "key_ids", b"key_ids", "may_act", b"may_act", "permissions", b"permissions", "permissions_revision", b"permissions_revision", "revision", b"revision", "root_jti", b"root_jti", "scopes", b"scopes", "session_id", b"session_id", "subject", b"subject"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -114,7 +114,8 @@ class AuthServiceServicer(object):
     def ValidateToken(self, request, context):
         """Judges an access token (as RFC 7662). Clients with the scope `validate`, for the audiences that
         are theirs to validate. A token that is not active is an OK answer. Reasons: CALLER_UNKNOWN,
-        INSUFFICIENT_SCOPE, STATE_STALE, REVISION_UNKNOWN, NOT_IMPLEMENTED.
+        INSUFFICIENT_SCOPE, STATE_STALE, REVISION_UNKNOWN, NOT_IMPLEMENTED; FIELD_INVALID also where
+        permissions are asked for without an audience, of a token that has several.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

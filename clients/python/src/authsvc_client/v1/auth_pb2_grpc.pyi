@@ -55,7 +55,8 @@ class AuthServiceStub:
     ValidateToken: _grpc.UnaryUnaryMultiCallable[_auth_pb2.ValidateTokenRequest, _auth_pb2.ValidateTokenResponse]
     """Judges an access token (as RFC 7662). Clients with the scope `validate`, for the audiences that
     are theirs to validate. A token that is not active is an OK answer. Reasons: CALLER_UNKNOWN,
-    INSUFFICIENT_SCOPE, STATE_STALE, REVISION_UNKNOWN, NOT_IMPLEMENTED.
+    INSUFFICIENT_SCOPE, STATE_STALE, REVISION_UNKNOWN, NOT_IMPLEMENTED; FIELD_INVALID also where
+    permissions are asked for without an audience, of a token that has several.
     """
     BatchValidateTokens: _grpc.UnaryUnaryMultiCallable[_auth_pb2.BatchValidateTokensRequest, _auth_pb2.BatchValidateTokensResponse]
     """Judges up to 256 tokens; answers in their order, one failure spoils no other. Who may call and
@@ -110,7 +111,8 @@ class AuthServiceAsyncStub(AuthServiceStub):
     ValidateToken: _aio.UnaryUnaryMultiCallable[_auth_pb2.ValidateTokenRequest, _auth_pb2.ValidateTokenResponse]  # type: ignore[assignment]
     """Judges an access token (as RFC 7662). Clients with the scope `validate`, for the audiences that
     are theirs to validate. A token that is not active is an OK answer. Reasons: CALLER_UNKNOWN,
-    INSUFFICIENT_SCOPE, STATE_STALE, REVISION_UNKNOWN, NOT_IMPLEMENTED.
+    INSUFFICIENT_SCOPE, STATE_STALE, REVISION_UNKNOWN, NOT_IMPLEMENTED; FIELD_INVALID also where
+    permissions are asked for without an audience, of a token that has several.
     """
     BatchValidateTokens: _aio.UnaryUnaryMultiCallable[_auth_pb2.BatchValidateTokensRequest, _auth_pb2.BatchValidateTokensResponse]  # type: ignore[assignment]
     """Judges up to 256 tokens; answers in their order, one failure spoils no other. Who may call and
@@ -180,7 +182,8 @@ class AuthServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_auth_pb2.ValidateTokenResponse, _abc.Awaitable[_auth_pb2.ValidateTokenResponse]]:
         """Judges an access token (as RFC 7662). Clients with the scope `validate`, for the audiences that
         are theirs to validate. A token that is not active is an OK answer. Reasons: CALLER_UNKNOWN,
-        INSUFFICIENT_SCOPE, STATE_STALE, REVISION_UNKNOWN, NOT_IMPLEMENTED.
+        INSUFFICIENT_SCOPE, STATE_STALE, REVISION_UNKNOWN, NOT_IMPLEMENTED; FIELD_INVALID also where
+        permissions are asked for without an audience, of a token that has several.
         """
 
     @_abc_1.abstractmethod

@@ -177,6 +177,7 @@ class ClientMetadata(_message.Message):
     SOFTWARE_STATEMENT_FIELD_NUMBER: _builtins.int
     VALIDATES_FIELD_NUMBER: _builtins.int
     MAY_ACT_FIELD_NUMBER: _builtins.int
+    FIRST_PARTY_FIELD_NUMBER: _builtins.int
     client_name: _builtins.str
     """Required. Name for people. 1 to 128 characters."""
     tls_client_auth_san_uri: _builtins.str
@@ -216,6 +217,10 @@ class ClientMetadata(_message.Message):
     may_act: _builtins.str
     """Client id of the only one that may act for it at a token exchange (RFC 8693 section 4.4); empty
     means any that its tokens are for. At most 64 characters.
+    """
+    first_party: _builtins.bool
+    """It belongs to whoever runs authsvc, who trusts it with the passwords of people: what was issued
+    to it in a session that lives on survives a change of the password. Always shown to its reviewer.
     """
     @_builtins.property
     def grant_types(self) -> _containers.RepeatedScalarFieldContainer[Global___GrantType.ValueType]:
@@ -270,10 +275,11 @@ class ClientMetadata(_message.Message):
         software_statement: _builtins.str = ...,
         validates: _abc.Iterable[_builtins.str] | None = ...,
         may_act: _builtins.str = ...,
+        first_party: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_tls_client_certificate_bound_access_tokens", b"_tls_client_certificate_bound_access_tokens", "tls_client_auth", b"tls_client_auth", "tls_client_auth_san_dns", b"tls_client_auth_san_dns", "tls_client_auth_san_uri", b"tls_client_auth_san_uri", "tls_client_auth_subject_dn", b"tls_client_auth_subject_dn", "tls_client_certificate_bound_access_tokens", b"tls_client_certificate_bound_access_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tls_client_certificate_bound_access_tokens", b"_tls_client_certificate_bound_access_tokens", "client_name", b"client_name", "client_uri", b"client_uri", "contacts", b"contacts", "grant_types", b"grant_types", "jwks", b"jwks", "jwks_uri", b"jwks_uri", "logo_uri", b"logo_uri", "may_act", b"may_act", "policy_uri", b"policy_uri", "redirect_uris", b"redirect_uris", "scopes", b"scopes", "software_id", b"software_id", "software_statement", b"software_statement", "software_version", b"software_version", "tls_client_auth", b"tls_client_auth", "tls_client_auth_ca", b"tls_client_auth_ca", "tls_client_auth_san_dns", b"tls_client_auth_san_dns", "tls_client_auth_san_uri", b"tls_client_auth_san_uri", "tls_client_auth_subject_dn", b"tls_client_auth_subject_dn", "tls_client_certificate_bound_access_tokens", b"tls_client_certificate_bound_access_tokens", "token_endpoint_auth_methods", b"token_endpoint_auth_methods", "tos_uri", b"tos_uri", "validates", b"validates"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tls_client_certificate_bound_access_tokens", b"_tls_client_certificate_bound_access_tokens", "client_name", b"client_name", "client_uri", b"client_uri", "contacts", b"contacts", "first_party", b"first_party", "grant_types", b"grant_types", "jwks", b"jwks", "jwks_uri", b"jwks_uri", "logo_uri", b"logo_uri", "may_act", b"may_act", "policy_uri", b"policy_uri", "redirect_uris", b"redirect_uris", "scopes", b"scopes", "software_id", b"software_id", "software_statement", b"software_statement", "software_version", b"software_version", "tls_client_auth", b"tls_client_auth", "tls_client_auth_ca", b"tls_client_auth_ca", "tls_client_auth_san_dns", b"tls_client_auth_san_dns", "tls_client_auth_san_uri", b"tls_client_auth_san_uri", "tls_client_auth_subject_dn", b"tls_client_auth_subject_dn", "tls_client_certificate_bound_access_tokens", b"tls_client_certificate_bound_access_tokens", "token_endpoint_auth_methods", b"token_endpoint_auth_methods", "tos_uri", b"tos_uri", "validates", b"validates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__tls_client_certificate_bound_access_tokens: _TypeAlias = _typing.Literal["tls_client_certificate_bound_access_tokens"]  # noqa: Y015
     _WhichOneofArgType__tls_client_certificate_bound_access_tokens: _TypeAlias = _typing.Literal["_tls_client_certificate_bound_access_tokens", b"_tls_client_certificate_bound_access_tokens"]  # noqa: Y015

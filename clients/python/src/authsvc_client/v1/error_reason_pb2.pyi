@@ -175,7 +175,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_ROLE_NOT_FOUND: _ErrorReason.ValueType  # 115
     """NOT_FOUND."""
     ERROR_REASON_PERMISSION_NOT_FOUND: _ErrorReason.ValueType  # 116
-    """NOT_FOUND."""
+    """NOT_FOUND. [resource_id, name]"""
     ERROR_REASON_SESSION_NOT_FOUND: _ErrorReason.ValueType  # 117
     """NOT_FOUND."""
     ERROR_REASON_GRANT_NOT_FOUND: _ErrorReason.ValueType  # 118
@@ -357,7 +357,7 @@ ERROR_REASON_USER_STATE_CONFLICT: ErrorReason.ValueType  # 114
 ERROR_REASON_ROLE_NOT_FOUND: ErrorReason.ValueType  # 115
 """NOT_FOUND."""
 ERROR_REASON_PERMISSION_NOT_FOUND: ErrorReason.ValueType  # 116
-"""NOT_FOUND."""
+"""NOT_FOUND. [resource_id, name]"""
 ERROR_REASON_SESSION_NOT_FOUND: ErrorReason.ValueType  # 117
 """NOT_FOUND."""
 ERROR_REASON_GRANT_NOT_FOUND: ErrorReason.ValueType  # 118

@@ -494,7 +494,7 @@ class ListPermissionsRequest(_message.Message):
     page_size: _builtins.int
     """Most permissions to answer: 1 to 200, 50 when 0."""
     page_token: _builtins.str
-    """`next_page_token` of the page before, with the same filter. At most 512 characters."""
+    """`next_page_token` of the page before, with the same filter. At most 1024 characters."""
     resource_id: _builtins.str
     """Only permissions on this resource; empty means all. At most 512 characters."""
     def __init__(
@@ -572,7 +572,7 @@ class DeletePermissionResponse(_message.Message):
 
     REVISION_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """Revision of the change."""
+    """Revision of the change; 0 where no role had it."""
     def __init__(
         self,
         *,
@@ -699,7 +699,7 @@ class ListRoleAssignmentsRequest(_message.Message):
     page_size: _builtins.int
     """Most assignments to answer: 1 to 200, 50 when 0."""
     page_token: _builtins.str
-    """`next_page_token` of the page before, with the same filter. At most 512 characters."""
+    """`next_page_token` of the page before, with the same filter. At most 1024 characters."""
     user_id: _builtins.str
     """A user. At most 64 characters."""
     client_id: _builtins.str
