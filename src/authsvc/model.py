@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from types import MappingProxyType
+from typing import NamedTuple
 
 ANY_AUDIENCE = "*"
 
@@ -138,6 +139,8 @@ class ClientMetadata:
     """Public keys for private_key_jwt (RFC 7517, JSON)."""
     may_act: str = ""
     """The only client that may act for it at a token exchange (RFC 8693 section 4.4)."""
+    first_party: bool = False
+    """Its operator is authsvc's own, who trusts it with the passwords of people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +228,95 @@ class Grant:
     generation: int = 1
     use_time: float | None = None
     """When its refresh token was last used."""
+    address: str = ""
+    """Network address that it was got from."""
+
+
+class UserState(IntEnum):
+    """Whether a user is let in; numbers are the contract's."""
+
+    ACTIVE = 1
+    DISABLED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """A person, without its password."""
+
+    user_id: str
+    username: str
+    create_time: float
+    update_time: float
+    display_name: str = ""
+    email: str = ""
+    state: UserState = UserState.ACTIVE
+    password_set_time: float | None = None
+    """None: it has no password."""
+    version: int = 1
+    """Counts changes; the etag."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A person's login."""
+
+    session_id: str
+    user_id: str
+    rev: int
+    address: str
+    create_time: float
+    auth_time: float
+    expire_time: float
+    acr: str = ""
+    amr: tuple[str, ...] = ()
+
+
+class PermissionRef(NamedTuple):
+    """A permission, named by its resource and its name there."""
+
+    resource_id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Permission:
+    """Something that may be done on a resource."""
+
+    ref: PermissionRef
+    description: str
+    create_time: float
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """Permissions that are held together."""
+
+    role_id: str
+    permissions: frozenset[PermissionRef]
+    create_time: float
+    update_time: float
+    display_name: str = ""
+    description: str = ""
+    version: int = 1
+
+
+class HolderKind(StrEnum):
+    """Who can hold a role."""
+
+    USER = "user"
+    CLIENT = "client"
+
+
+@dataclass(frozen=True, slots=True)
+class RoleAssignment:
+    """That a user or a client holds a role."""
+
+    role_id: str
+    holder_kind: HolderKind
+    holder_id: str
+    resource_id: str
+    """Only the role's permissions there; empty means all of them."""
+    create_time: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +332,22 @@ class ApiKey:
     expire_time: float | None = None
     digest: bytes = field(default=b"", repr=False)
     """SHA-256 of its value."""
+
+
+class Touched(NamedTuple):
+    """What an action touched: ids, empty where there is none."""
+
+    subject: str = ""
+    client_id: str = ""
+    object_id: str = ""
+    """Of what else, as the action says."""
+
+
+class AuditOutcome(IntEnum):
+    """How an action ended; numbers are the contract's."""
+
+    SUCCEEDED = 1
+    REFUSED = 2
 
 
 class TokenFormat(IntEnum):
@@ -331,8 +439,12 @@ class Caller:
     name: str
     """Client id, or SPIFFE ID of an administrator by the settings."""
     client_id: str
-    """Empty for an administrator by the settings."""
+    """Empty for an administrator by the settings, and for a person."""
     scopes: frozenset[str]
     audiences: frozenset[str]
     """Whose tokens it may validate; ANY_AUDIENCE means all."""
     peer: Peer
+    subject: str = ""
+    """Of its bearer token; empty without one."""
+    session_id: str = ""
+    """Of its bearer token, if any."""

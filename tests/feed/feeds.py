@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from authsvc.clock import Clock
-from authsvc.store.port import Change, FeedPage, change, distinct, nonce
+from authsvc.store.port import Change, Done, FeedPage, change, distinct, nonce
 from authsvc_client.core.markers import MARKER_LIFETIME_S, Marker, MarkerKind
 from authsvc_client.core.state import REVISIONS_PER_EPOCH
 
@@ -21,7 +21,7 @@ class BentFeed:
     nonces: dict[int, str] = field(default_factory=lambda: {REVISIONS_PER_EPOCH: nonce()})
     markers: list[Marker] = field(default_factory=list)
 
-    async def append(self, changes: Sequence[Change]) -> int:
+    async def append(self, changes: Sequence[Change], done: Done = ()) -> int:
         unique = distinct(changes)
         self.head += 1
         self.nonces[self.head] = nonce()

@@ -9,7 +9,7 @@ import pytest
 from authsvc.errors import AuthError, Reason
 from authsvc.feed import append as module
 from authsvc.feed.append import Append
-from authsvc.store.port import Change, FeedPage, change
+from authsvc.store.port import Change, Done, FeedPage, change
 from authsvc_client.core.markers import MarkerKind
 from tests.clocks import HandClock
 from tests.feed.feeds import BentFeed
@@ -26,7 +26,7 @@ class CountedFeed:
         self.transactions: list[list[Change]] = []
         self.under_way = 0
 
-    async def append(self, changes: Sequence[Change]) -> int:
+    async def append(self, changes: Sequence[Change], done: Done = ()) -> int:
         self.transactions.append(list(changes))
         assert self.under_way == 0, "one transaction at a time"
         self.under_way += 1

@@ -55,9 +55,12 @@ AGING = {
     "feed": ("until",),
     "access_token": ("expire_time",),
     "assertion": ("expire_time",),
-    "registration": ("expire_time",),
+    "creation": ("expire_time",),
     "initial_access_token": ("expire_time",),
     "grant": ("expire_time", "end_time"),
+    "session": ("expire_time", "end_time"),
+    "failure": ("expire_time",),
+    "audit": ("create_time",),
 }
 
 
@@ -321,7 +324,7 @@ ROWS = {
     "access_token": "INSERT INTO access_token (digest, kid, claims, expire_time)"
     " VALUES ({blob}, '', '{{}}', {time})",
     "assertion": "INSERT INTO assertion (digest, expire_time) VALUES ({blob}, {time})",
-    "registration": "INSERT INTO registration (digest, request_digest, client_id, expire_time)"
+    "creation": "INSERT INTO creation (digest, request_digest, object_id, expire_time)"
     " VALUES ({blob}, {blob}, 'c', {time})",
     "initial_access_token": "INSERT INTO initial_access_token (initial_access_token_id, digest,"
     " display_name, uses_left, rev, create_time, expire_time)"
@@ -331,13 +334,24 @@ ROWS = {
     " idle_expire_time, expire_time, end_time)"
     " VALUES ('{n}', {blob}, 1, '', '', '', '', '', '', '', '', '{{}}', 1, '[]', 0, 0, {time},"
     " {end})",
+    "session": "INSERT INTO session (session_id, user_id, rev, cutoff_keys, address, acr, amr,"
+    " create_time, auth_time, expire_time, end_time)"
+    " VALUES ('{n}', '', 1, '[]', '', '', '[]', 0, 0, {time}, {end})",
+    "failure": "INSERT INTO failure (digest, count, wait_until, expire_time)"
+    " VALUES ({blob}, 1, 0, {time})",
+    "audit": "INSERT INTO audit (audit_event_id, create_time, action, outcome, reason, actor,"
+    " on_behalf_of, peer, address, subject, client_id, object_id, fields, comment, revision,"
+    " request_id) VALUES ('{n}', {time}, '', 1, 0, '', '', '', '', '', '', '', '', '', 0, '')",
 }
 KEPT = {
     "access_token": 60.0,
     "assertion": 60.0,
-    "registration": 60.0,
+    "creation": 60.0,
     "initial_access_token": DAY,
     "grant": DAY,
+    "session": DAY,
+    "failure": 60.0,
+    "audit": 400 * DAY,
 }
 """How long after its end."""
 

@@ -10,7 +10,7 @@ from authsvc.errors import AuthError, Reason
 from authsvc.feed import follow as module
 from authsvc.feed.follow import WATCHER_CHANGES_MAX, Applied, Follow, Listener
 from authsvc.feed.watch import Event, WatchChanges
-from authsvc.store.port import ANY_KEY, Change, FeedPage, change
+from authsvc.store.port import ANY_KEY, Change, Done, FeedPage, change
 from authsvc_client.core.markers import Marker, MarkerKind, marker_key
 from authsvc_client.core.state import REVISIONS_PER_EPOCH, State, StateStale
 from tests.clocks import HandClock
@@ -39,7 +39,7 @@ class FaultyFeed:
         """Between the moment that the answer is made and the moment that it arrives."""
         self.epochs = 0
 
-    async def append(self, changes: Sequence[Change]) -> int:
+    async def append(self, changes: Sequence[Change], done: Done = ()) -> int:
         return await self.bent.append(changes)
 
     async def read(self, cursor: int) -> FeedPage:
@@ -379,6 +379,7 @@ async def test_below_what_is_compacted_a_snapshot_is_taken(
         MarkerKind.ROLE_CHANGED,
         MarkerKind.RESOURCE_CHANGED,
         MarkerKind.KEYS_CHANGED,
+        MarkerKind.USER_CHANGED,
     }
     await worker.follow.poll()
     assert heard[-1] == ()

@@ -12,6 +12,7 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
+from sqlmodel import SQLModel
 
 from authsvc.clock import SystemClock
 from authsvc.store import sql_store
@@ -100,9 +101,8 @@ def migrated_postgres(postgres: Postgres) -> str:
     return url.partition(":///")[2].partition("?")[0]
 
 
-_RESET = """
-TRUNCATE client, resource, scope, signing_key, feed, feed_head, cutoff, "grant", access_token,
-    api_key, assertion, initial_access_token, registration;
+_RESET = f"""
+TRUNCATE {", ".join(f'"{name}"' for name in SQLModel.metadata.tables)};
 INSERT INTO feed_head (id, revision, compacted_to, fingerprint, nonce)
 VALUES (1, 4294967296, 4294967296, '', '');
 """

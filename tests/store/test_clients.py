@@ -229,7 +229,7 @@ async def test_deleted_a_client_takes_its_rows_with_it(store: Store, place: Plac
     assert await store.clients.get("gone") is None
     assert await store.api_keys.get("k-gone") is None
     assert await store.api_keys.get("k-stays") is not None
-    assert await place.sql("SELECT * FROM registration") == []
+    assert await place.sql("SELECT * FROM creation") == []
     resource = (await store.resources.catalog()).by_id["https://own.test"]
     assert (resource.owner_client_id, resource.version) == ("", 2)
     for kind in (MarkerKind.CUTOFF_CLIENT, MarkerKind.CUTOFF_SUBJECT):

@@ -54,9 +54,9 @@ def add_migration(monkeypatch: pytest.MonkeyPatch, folder: Path, body: str) -> N
         scripts,
         ignore=shutil.ignore_patterns("__pycache__"),
     )
-    (scripts / "versions/0003_later.py").write_text(
+    (scripts / "versions/0004_later.py").write_text(
         "import sqlalchemy as sa\nfrom alembic import op\n"
-        "revision, down_revision, branch_labels, depends_on = '0003', '0002', None, None\n\n"
+        "revision, down_revision, branch_labels, depends_on = '0004', '0003', None, None\n\n"
         f"def upgrade():\n    {body}\n"
     )
     original = migrate._config
@@ -215,7 +215,7 @@ async def test_what_others_made_is_left_alone(
 @pytest.mark.parametrize(
     "change",
     [
-        "UPDATE alembic_version SET version_num = '0003'",
+        "UPDATE alembic_version SET version_num = '0009'",
         "INSERT INTO alembic_version VALUES ('other')",
         "DELETE FROM alembic_version",
     ],

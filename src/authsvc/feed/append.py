@@ -3,8 +3,9 @@
 import asyncio
 from collections.abc import Callable, Sequence
 
+from authsvc.acting import Act, act
 from authsvc.errors import AuthError, Reason
-from authsvc.store.port import Change, FeedStore, distinct
+from authsvc.store.port import Change, FeedStore, distinct, touched_by
 
 BATCH_CHANGES_MAX = 512
 
@@ -23,7 +24,7 @@ class Append:
     async def __call__(self, changes: Sequence[Change]) -> int:
         """Raises AuthError STORE_UNAVAILABLE or COMMIT_UNKNOWN; else the changes are durable."""
         done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._waiting.append((distinct(changes), done))
+        self._waiting.append((act(), distinct(changes), done))
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._drain(), name="feed-append")
         return await done
@@ -35,7 +36,7 @@ class Append:
                 size = 0
                 while self._waiting and size < BATCH_CHANGES_MAX:
                     batch.append(self._waiting.pop(0))
-                    size += len(batch[-1][0])
+                    size += len(batch[-1][1])
                 await self._commit(batch)
         finally:  # with members only where this task is cancelled
             _refuse(self._waiting, Reason.STORE_UNAVAILABLE, "stopped")
@@ -44,7 +45,10 @@ class Append:
     async def _commit(self, batch: list["_Member"]) -> Reason | None:
         """Answers why the batch failed."""
         try:
-            revision = await self._store.append([c for changes, _ in batch for c in changes])
+            revision = await self._store.append(
+                [one for _, changes, _ in batch for one in changes],
+                [(acting, touched_by(changes)) for acting, changes, _ in batch],
+            )
         except AuthError as error:
             if len(batch) > 1 and error.reason is Reason.STORE_UNAVAILABLE:
                 await self._commit_singly(batch)
@@ -71,7 +75,7 @@ class Append:
                 return
 
 
-_Member = tuple[Sequence[Change], asyncio.Future[int]]
+_Member = tuple[Act, Sequence[Change], asyncio.Future[int]]
 
 
 def _refuse(batch: list[_Member], reason: Reason, cause: str) -> None:
@@ -80,6 +84,6 @@ def _refuse(batch: list[_Member], reason: Reason, cause: str) -> None:
 
 def _settle(batch: list[_Member], how: Callable[[asyncio.Future[int]], None]) -> None:
     """Answers those who still wait."""
-    for _, done in batch:
+    for _, _, done in batch:
         if not done.done():
             how(done)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from authsvc.acting import by_itself
 from authsvc.clock import Clock
 from authsvc.errors import AuthError, Reason
 from authsvc.store.port import ANY_KEY, FeedPage, FeedStore
@@ -136,9 +137,10 @@ class Follow:
         # A lower head, or another change at the applied revision, is proof that commits were lost,
         # whoever vouched for none.
         lost = page.known_fingerprint == page.fingerprint or page.head < self._state.revision
-        await self._store.raise_epoch(
-            page, self._state.revision, cut_off=lost or not self._synchronous
-        )
+        with by_itself("RaiseEpoch"):
+            await self._store.raise_epoch(
+                page, self._state.revision, cut_off=lost or not self._synchronous
+            )
 
     async def run(self) -> None:
         """Polls until cancelled; a failure is logged and the state only grows older."""

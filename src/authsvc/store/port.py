@@ -6,21 +6,32 @@ COMMIT_UNKNOWN (it is not known whether it was done).
 
 import math
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from authsvc.acting import Act
 from authsvc.errors import AuthError, Reason
 from authsvc.model import (
     ApiKey,
+    AuditOutcome,
     Catalog,
     Client,
     ClientState,
     Grant,
+    HolderKind,
     IdentityKind,
     InitialAccessToken,
+    Permission,
+    PermissionRef,
     Resource,
+    Role,
+    RoleAssignment,
+    Session,
     SigningKey,
+    Touched,
+    User,
+    UserState,
 )
 from authsvc_client.core.markers import Marker, MarkerKind, marker_key
 
@@ -41,6 +52,41 @@ def change(kind: MarkerKind, *ids: str) -> Change:
     """A change, by its ids."""
     return Change(kind, ids)
 
+
+_TOUCH_SUBJECT = (
+    MarkerKind.CUTOFF_SUBJECT,
+    MarkerKind.PERMISSIONS_CHANGED,
+    MarkerKind.USER_CHANGED,
+)
+_TOUCH_CLIENT = (MarkerKind.CLIENT_CHANGED, MarkerKind.CUTOFF_CLIENT)
+_TOUCH_OBJECT = (
+    MarkerKind.TOKEN_DEAD,
+    MarkerKind.GRANT_DEAD,
+    MarkerKind.SESSION_DEAD,
+    MarkerKind.KEY_TAINTED,
+    MarkerKind.ROLE_CHANGED,
+    MarkerKind.CUTOFF_RESOURCE,
+)
+
+
+def touched_by(changes: Iterable[Change]) -> Touched:
+    """What changes say themselves of what they touch: the first of each kind."""
+    subject = client_id = object_id = ""
+    for kind, ids in changes:
+        if kind is MarkerKind.CUTOFF_SUBJECT_CLIENT:
+            subject, client_id = subject or ids[0], client_id or ids[1]
+        elif kind in _TOUCH_SUBJECT:
+            subject = subject or ids[0]
+        elif kind in _TOUCH_CLIENT:
+            client_id = client_id or ids[0]
+        elif kind in _TOUCH_OBJECT:
+            object_id = object_id or ids[0]
+    return Touched(subject, client_id, object_id)
+
+
+Done = Sequence[tuple[Act, Touched]]
+"""Who did what, for the audit."""
+NOTHING = Touched()
 
 ANY_KEY = b""
 """What a listener gets for a key after a snapshot: any row of the kind may have changed."""
@@ -216,6 +262,94 @@ class InitialAccessTokenStore(Protocol):
         """Whether there was one."""
 
 
+@dataclass(frozen=True, slots=True)
+class AssignmentFilter:
+    """Which assignments are asked for; an empty text takes any."""
+
+    holder_kind: HolderKind | None = None
+    holder_id: str = ""
+    role_id: str = ""
+    resource_id: str = ""
+
+
+class Holding(NamedTuple):
+    """What a holder holds."""
+
+    role_uid: str
+    """Tells a role from those made before and after it under its id."""
+    role_id: str
+    resource_id: str
+    """Only the role's permissions there; empty means all of them."""
+
+
+class RoleStore(Protocol):
+    """Permissions, roles and who holds them. All times are the database's."""
+
+    async def get(self, role_id: str) -> Role | None:
+        """One role."""
+
+    async def page(self, resource_id: str, after: str, limit: int) -> tuple[Role, ...]:
+        """Roles in the order of their ids, from the one after `after`; with a permission on this
+        resource, where one is given.
+        """
+
+    async def add(self, role: Role) -> Role:
+        """Adds a role. AuthError ALREADY_EXISTS, PERMISSION_NOT_FOUND."""
+
+    async def update(
+        self,
+        role_id: str,
+        version: int | None,
+        *,
+        display_name: str | None = None,
+        description: str | None = None,
+        permissions: frozenset[PermissionRef] | None = None,
+    ) -> tuple[Role, int]:
+        """Changes what is given, and answers the role and the revision.
+
+        AuthError ROLE_NOT_FOUND, ETAG_MISMATCH, PERMISSION_NOT_FOUND.
+        """
+
+    async def delete(self, role_id: str, version: int | None) -> int:
+        """Deletes a role and its assignments; answers the revision.
+
+        AuthError ROLE_NOT_FOUND, ETAG_MISMATCH.
+        """
+
+    async def add_permission(self, permission: Permission) -> Permission:
+        """Adds a permission. AuthError RESOURCE_NOT_FOUND, ALREADY_EXISTS."""
+
+    async def page_of_permissions(
+        self, resource_id: str, after: PermissionRef | None, limit: int
+    ) -> tuple[Permission, ...]:
+        """Permissions, of one resource where one is given, in the order of what names them."""
+
+    async def delete_permission(self, ref: PermissionRef) -> int:
+        """Deletes a permission and takes it out of every role; answers the revision, 0 where no
+        role had it. AuthError PERMISSION_NOT_FOUND.
+        """
+
+    async def assign(self, asked: RoleAssignment) -> tuple[RoleAssignment, int]:
+        """Gives a role; answers what is held, and the revision, 0 where it was held already.
+
+        AuthError ROLE_NOT_FOUND, USER_NOT_FOUND, CLIENT_NOT_FOUND, RESOURCE_NOT_FOUND.
+        """
+
+    async def unassign(self, asked: RoleAssignment) -> int:
+        """Takes a role away; answers the revision, 0 where it was not held. Raises as `assign`."""
+
+    async def page_of_assignments(
+        self, wanted: AssignmentFilter, after: tuple[str, str, str] | None, limit: int
+    ) -> tuple[RoleAssignment, ...]:
+        """Assignments in the order of holders, roles and resources, from the one after these."""
+
+    async def assignments_of(self, holder_id: str) -> tuple[int, tuple[Holding, ...]]:
+        """The head of the feed, and what a holder holds as of it."""
+
+    async def role_by_uid(self, role_uid: str) -> tuple[int, Role | None]:
+        """The head of the feed, and a role as of it; none that was made later under its id."""
+
+
 class ResourceStore(Protocol):
     """Resources, their scopes."""
 
@@ -299,8 +433,11 @@ class KeyStore(Protocol):
 class FeedStore(Protocol):
     """The feed of revisions."""
 
-    async def append(self, changes: Sequence[Change]) -> int:
-        """Writes changes, one at least, under one new revision and answers it."""
+    async def append(self, changes: Sequence[Change], done: Done = ()) -> int:
+        """Writes changes, one at least, under one new revision and answers it.
+
+        Records what was `done`, of several that share it; else what is under way.
+        """
 
     async def read(self, cursor: int) -> FeedPage:
         """Head and changes after `cursor` in one statement, from the primary."""
@@ -344,6 +481,21 @@ class GrantFilter:
     session_id: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What would come of a refresh token, of a grant in any state."""
+
+    grant: Grant
+    end_time: float | None
+    is_ended: bool
+    is_expired: bool
+    is_cut_off: bool
+    is_idle: bool
+    """Its refresh token was not used for too long."""
+    is_good: bool
+    """Of a living grant, this token is taken, by its client."""
+
+
 class GrantStore(Protocol):
     """Grants and their refresh tokens."""
 
@@ -363,6 +515,9 @@ class GrantStore(Protocol):
     async def by_handle(self, handle: bytes) -> Grant | None:
         """The living grant of a refresh token, whatever its generation."""
 
+    async def standing(self, handle: bytes, generation: int, key_id: str) -> Standing | None:
+        """How `use` would find it; nothing is changed."""
+
     async def living(self, grant_id: str) -> Grant | None:
         """One that is alive."""
 
@@ -370,6 +525,25 @@ class GrantStore(Protocol):
         self, wanted: GrantFilter, after: tuple[float, str] | None, limit: int
     ) -> tuple[Grant, ...]:
         """Living grants, the newest first, from the one after this creation time and id."""
+
+
+class SessionStore(Protocol):
+    """Sessions of people."""
+
+    async def open(self, session: Session, grant: Grant, password_version: int) -> bool:
+        """Adds a session with its first grant; False where the user is not let in any more, or its
+        password is not the one of this version.
+        """
+
+    async def living(self, session_id: str) -> Session | None:
+        """One that is alive."""
+
+    async def page(
+        self, user_id: str, after: tuple[float, str] | None, limit: int
+    ) -> tuple[Session, ...]:
+        """Living sessions, of all users where none is named, the newest first, from the one after
+        this creation time and id.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -421,6 +595,129 @@ class ApiKeyStore(Protocol):
         """Deletes a key and answers the revision of its death. AuthError API_KEY_NOT_FOUND."""
 
 
+@dataclass(frozen=True, slots=True)
+class UserFilter:
+    """Which users are asked for; what is empty or None takes any."""
+
+    username: str = ""
+    email: str = ""
+    state: UserState | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PasswordRecord:
+    """A user and its password."""
+
+    user: User
+    password_version: int
+    """Counts passwords: a login that began with the one before opens nothing."""
+    hash: str = field(repr=False)
+    """Empty: it has none."""
+
+
+class UserStore(Protocol):
+    """Users and their passwords. Their sessions and grants end by the cutoff of a change."""
+
+    async def get(self, user_id: str) -> User | None:
+        """One user."""
+
+    async def page(self, wanted: UserFilter, after: str, limit: int) -> tuple[User, ...]:
+        """Users in the order of their ids, from the one after `after`."""
+
+    async def add(
+        self, user: User, password_hash: str, request: tuple[bytes, bytes] | None = None
+    ) -> User:
+        """Adds a user, or answers the one of the same request, as it is now.
+
+        `request` is digests of who asks under which id, and of what is asked. AuthError
+        ALREADY_EXISTS where the username is taken, REQUEST_ID_REUSED.
+        """
+
+    async def update(
+        self, user_id: str, version: int | None, edit: Callable[[User], User]
+    ) -> tuple[User, int]:
+        """Writes what `edit` makes of the user as it is now; version None takes any.
+
+        Answers it and the revision. AuthError USER_NOT_FOUND, ETAG_MISMATCH, ALREADY_EXISTS, and
+        what `edit` raises; then nothing changed.
+        """
+
+    async def move(self, user_id: str, version: int | None, to: UserState) -> tuple[User, int]:
+        """Moves a user from the other state; DISABLED cuts off its tokens.
+
+        AuthError USER_NOT_FOUND, ETAG_MISMATCH, USER_STATE_CONFLICT.
+        """
+
+    async def delete(self, user_id: str, version: int | None) -> int:
+        """Deletes a user with what it holds, cuts off its tokens, and answers the revision.
+
+        AuthError USER_NOT_FOUND, ETAG_MISMATCH.
+        """
+
+    async def password(self, user_id: str) -> PasswordRecord | None:
+        """The password of a user."""
+
+    async def password_of(self, username: str) -> PasswordRecord | None:
+        """The password of the user of a name, without regard to case."""
+
+    async def set_password(
+        self,
+        user_id: str,
+        password_hash: str,
+        *,
+        version: int | None = None,
+        keep_session: str = "",
+    ) -> int:
+        """Sets a password in place of the one of this version, None takes any; answers the
+        revision.
+
+        The tokens of the user are cut off; or, with a session to keep, its other sessions end, and
+        all its grants but those of first parties in that session.
+        AuthError USER_NOT_FOUND, USER_STATE_CONFLICT where it is disabled, INVALID_GRANT where
+        another password was set meanwhile.
+        """
+
+    async def add_reset_code(
+        self, user_id: str, digest: bytes, rev: int, lifetime_s: float
+    ) -> float:
+        """Gives the user a code to set a password by, the only one; answers its end.
+
+        AuthError USER_NOT_FOUND, USER_STATE_CONFLICT where it is disabled.
+        """
+
+    async def by_reset_code(self, digest: bytes) -> User | None:
+        """The user of a code that is good."""
+
+    async def reset_password(self, digest: bytes, password_hash: str) -> int | None:
+        """Uses a good code up, as `set_password` without a session; None where it is not good."""
+
+    async def rehash(self, user_id: str, known: str, password_hash: str) -> None:
+        """Writes the same password's other hash over the known one, unless that is gone."""
+
+
+class Counter(NamedTuple):
+    """What failures are counted for."""
+
+    digest: bytes
+    free: int
+    """So many cost no wait."""
+
+
+class FailureStore(Protocol):
+    """Failures to prove an identity, and how long to wait after them, by the database's clock."""
+
+    async def charge(self, counters: Sequence[Counter]) -> float:
+        """Counts a failure in each, or says how long to wait yet, in seconds, and counts none."""
+
+    async def take_back(
+        self, counters: Sequence[Counter], *, forget: Sequence[Counter] = ()
+    ) -> None:
+        """Takes one failure back from each, never below none, and forgets the others whole."""
+
+    async def refused(self, subject: str, reason: Reason) -> None:
+        """Records a failure that stays, of this user if there is one."""
+
+
 class AssertionStore(Protocol):
     """Assertions that authenticated a client."""
 
@@ -450,6 +747,62 @@ class RevocationStore(Protocol):
         """Whether the grant or session is marked dead already; False where nobody knows it."""
 
 
+@dataclass(frozen=True, slots=True)
+class AuditEvent:
+    """One action, as it was recorded."""
+
+    audit_event_id: str
+    create_time: float
+    act: Act
+    outcome: AuditOutcome
+    reason: Reason
+    """Why it was refused."""
+    touched: Touched
+    revision: int
+    """0 where nothing took one."""
+
+
+@dataclass(frozen=True, slots=True)
+class AuditFilter:
+    """Which events are asked for; an empty text and None take any."""
+
+    start_time: float | None = None
+    end_time: float | None = None
+    """The first moment that is too late."""
+    actor: str = ""
+    subject: str = ""
+    client_id: str = ""
+    action: str = ""
+    outcome: AuditOutcome | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What is known of a change that was made once: a marker, or a durable cutoff."""
+
+    change: Change
+    revision: int
+    create_time: float | None
+    """None where nothing remembers it."""
+    event: AuditEvent | None
+    """None where the audit does not reach back so far."""
+
+
+class AuditStore(Protocol):
+    """Who did what. Rows are written by the other stores, with what they record."""
+
+    async def page(
+        self, wanted: AuditFilter, after: tuple[float, str] | None, limit: int
+    ) -> tuple[AuditEvent, ...]:
+        """Events, the newest first, from the one after this time and id."""
+
+    async def refused(self, reason: Reason, touched: Touched = NOTHING) -> None:
+        """Records that what is under way was refused; nothing else is done."""
+
+    async def told(self, changes: Collection[Change]) -> tuple[Told, ...]:
+        """Which of these changes were made and are remembered, in the order of their revisions."""
+
+
 class SweepStore(Protocol):
     """What is over and goes. Each call is one short transaction; two at once do no harm."""
 
@@ -460,7 +813,16 @@ class SweepStore(Protocol):
         """Deletes at most so many rows that are over, for each way to be over; answers how many."""
 
 
-SWEPT = ("access_token", "assertion", "registration", "initial_access_token", "grant")
+SWEPT = (
+    "access_token",
+    "assertion",
+    "creation",
+    "initial_access_token",
+    "grant",
+    "session",
+    "failure",
+    "audit",
+)
 """Tables whose rows are over one day; `feed` too, where it is compacted."""
 
 
@@ -471,14 +833,19 @@ class Store:
     clients: ClientStore
     initial_access_tokens: InitialAccessTokenStore
     resources: ResourceStore
+    roles: RoleStore
     keys: KeyStore
     feed: FeedStore
     grants: GrantStore
+    sessions: SessionStore
     assertions: AssertionStore
     tokens: TokenStore
     api_keys: ApiKeyStore
+    users: UserStore
+    failures: FailureStore
     revocations: RevocationStore
     sweeps: SweepStore
+    audit: AuditStore
 
     async def close(self) -> None:
         """Gives connections back."""

@@ -31,6 +31,7 @@ from authsvc.model import (
     ClientState,
     GrantType,
     IdentityKind,
+    Touched,
 )
 from authsvc.store.port import (
     NO_ADMISSION,
@@ -43,16 +44,18 @@ from authsvc.store.port import (
     require_step,
 )
 from authsvc.store.sql import Database, readable
-from authsvc.store.sql_feed import advance
+from authsvc.store.sql_audit import record
+from authsvc.store.sql_feed import advance, advance_silently
 from authsvc.store.sql_initial_access import take_use
 from authsvc.store.tables import (
     API_KEY,
     CLIENT,
+    CREATION,
     CUTOFF,
     FEED_HEAD,
     HOLDS_NAME,
-    REGISTRATION,
     RESOURCE,
+    ROLE_ASSIGNMENT,
 )
 from authsvc_client.core.judge import cutoff_keys
 from authsvc_client.core.markers import MarkerKind, marker_key
@@ -138,13 +141,14 @@ class SqlClients:
             if admission.request is not None:
                 digest, request_digest = admission.request
                 await connection.execute(
-                    insert(REGISTRATION).values(
+                    insert(CREATION).values(
                         digest=digest,
                         request_digest=request_digest,
-                        client_id=client.client_id,
+                        object_id=client.client_id,
                         expire_time=self._db.time + REQUEST_S,
                     )
                 )
+            await record(self._db, connection, Touched(client_id=client.client_id))
             return client
 
     async def _repeated(
@@ -154,10 +158,10 @@ class SqlClients:
 
         What was cut off since stays so: the new registration token is as old as the first.
         """
-        mine = REGISTRATION.c.digest == digest
-        over = REGISTRATION.c.expire_time <= self._db.time
-        await connection.execute(delete(REGISTRATION).where(mine, over))
-        known = (await connection.execute(select(REGISTRATION).where(mine))).first()
+        mine = CREATION.c.digest == digest
+        over = CREATION.c.expire_time <= self._db.time
+        await connection.execute(delete(CREATION).where(mine, over))
+        known = (await connection.execute(select(CREATION).where(mine))).first()
         if known is None:
             return None
         if bytes(known.request_digest) != request_digest:
@@ -165,7 +169,7 @@ class SqlClients:
         unused = CLIENT.c.secret_used.is_(False)
         updated = await connection.execute(
             update(CLIENT)
-            .where(CLIENT.c.client_id == known.client_id)
+            .where(CLIENT.c.client_id == known.object_id)
             .values(
                 registration_digest=client.registration_digest,
                 secret_digest=case((unused, client.secret_digest), else_=CLIENT.c.secret_digest),
@@ -240,8 +244,8 @@ class SqlClients:
         )
         async with self._db.write() as connection:
             await self._lock(connection, client_id, version)
-            for owned in (API_KEY, REGISTRATION):
-                await connection.execute(delete(owned).where(owned.c.client_id == client_id))
+            for owner in (API_KEY.c.client_id, CREATION.c.object_id):
+                await connection.execute(delete(owner.table).where(owner == client_id))
             orphaned = await connection.execute(
                 update(RESOURCE)
                 .where(RESOURCE.c.owner_client_id == client_id)
@@ -251,6 +255,9 @@ class SqlClients:
             changes = [change(kind, client_id) for kind in kinds]
             if orphaned.first() is not None:
                 changes += RESOURCE_CHANGES
+            mine = ROLE_ASSIGNMENT.c.holder_id == client_id
+            if (await connection.execute(delete(ROLE_ASSIGNMENT).where(mine))).rowcount:
+                changes.append(change(MarkerKind.PERMISSIONS_CHANGED, client_id))
             await connection.execute(delete(CLIENT).where(CLIENT.c.client_id == client_id))
             return await advance(self._db, connection, changes)
 
@@ -320,7 +327,7 @@ class SqlClients:
             )
             if first.first() is not None:
                 changes = [change(MarkerKind.CLIENT_CHANGED, client_id)]
-                await advance(self._db, connection, changes)
+                await advance_silently(self._db, connection, changes)
 
     async def _require_room(self, connection: AsyncConnection, registrant: str, most: int) -> None:
         if self._db.dialect == "postgresql":  # else those at once would not see each other
@@ -432,6 +439,7 @@ def _details(metadata: ClientMetadata) -> dict[str, Any]:
         "contacts": list(metadata.contacts),
         "jwks": metadata.jwks,
         "may_act": metadata.may_act,
+        "first_party": metadata.first_party,
     }
 
 
@@ -460,6 +468,7 @@ def _client(row: Row[Any]) -> Client:
             contacts=tuple(details["contacts"]),
             jwks=details.get("jwks", ""),
             may_act=details.get("may_act", ""),
+            first_party=details.get("first_party", False),
         ),
         state=ClientState(row.state),
         create_time=row.create_time,

@@ -17,8 +17,19 @@ from sqlalchemy import (
 from sqlalchemy.exc import NoResultFound
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from authsvc.store.port import Change, FeedPage, change, distinct, nonce
+from authsvc.model import Touched
+from authsvc.store.port import (
+    NOTHING,
+    Change,
+    Done,
+    FeedPage,
+    change,
+    distinct,
+    nonce,
+    touched_by,
+)
 from authsvc.store.sql import TIME, Database
+from authsvc.store.sql_audit import record, record_all
 from authsvc.store.tables import FEED, FEED_HEAD
 from authsvc_client.core.markers import (
     CUTOFF_KINDS,
@@ -48,16 +59,31 @@ _CUT_OFF_SQLITE = text(
 
 
 async def advance(
-    database: Database, connection: AsyncConnection, changes: Sequence[Change]
+    database: Database,
+    connection: AsyncConnection,
+    changes: Sequence[Change],
+    touched: Touched | None = None,
 ) -> int:
     """Takes the next revision for these changes, as the last lock of a transaction.
 
     What they kill is dead in the tables too, in the same transaction: a marker is compacted one
-    day, and a stored credential must not outlive it.
+    day, and a stored credential must not outlive it. What is under way is recorded with it, as
+    touching what the changes name, or `touched`.
     """
+    revision = await advance_silently(database, connection, changes)
+    found = touched_by(changes) if touched is None else touched
+    await record(database, connection, found, revision=revision)
+    return revision
+
+
+async def advance_silently(
+    database: Database, connection: AsyncConnection, changes: Sequence[Change]
+) -> int:
+    """As `advance`, of what is recorded elsewhere or not at all."""
     if any(one.kind in MARKS for one in changes):
         await lock_marks(database, connection)
     unique = distinct([*changes, *await _end_grants(database, connection, changes)])
+    await _end_sessions(database, connection, changes)
     await _delete_api_keys(database, connection, changes)
     cutoffs = [one.key.hex() for one in unique if one.kind in _DURABLE]
     value = nonce()
@@ -143,6 +169,15 @@ async def _end_grants(
     return ended
 
 
+async def _end_sessions(
+    database: Database, connection: AsyncConnection, changes: Sequence[Change]
+) -> None:
+    dead = [one.ids[0] for one in changes if one.kind is MarkerKind.SESSION_DEAD]
+    if dead:
+        statement = _END_SESSIONS[database.dialect]
+        await connection.execute(statement, {"SESSION_DEAD": _among(database, dead)})
+
+
 async def _delete_api_keys(
     database: Database, connection: AsyncConnection, changes: Sequence[Change]
 ) -> None:
@@ -177,6 +212,13 @@ _END_GRANTS = {
     )
     for dialect, dying in DIE_WITH.items()
 }
+_END_SESSIONS = {
+    dialect: text(
+        f"UPDATE session SET end_time = {TIME[dialect]}"  # noqa: S608
+        f" WHERE end_time IS NULL AND session_id {among.format('SESSION_DEAD')}"
+    )
+    for dialect, among in _AMONG.items()
+}
 _DELETE_API_KEYS = {
     dialect: text(f"DELETE FROM api_key WHERE api_key_id {among.format('TOKEN_DEAD')}")  # noqa: S608
     for dialect, among in _AMONG.items()
@@ -208,13 +250,17 @@ class SqlFeed:
         """Gives connections back."""
         await self._db.close()
 
-    async def append(self, changes: Sequence[Change]) -> int:
+    async def append(self, changes: Sequence[Change], done: Done = ()) -> int:
         """See FeedStore."""
-        return await self._db.to_the_end(self._append(changes))
+        return await self._db.to_the_end(self._append(changes, done))
 
-    async def _append(self, changes: Sequence[Change]) -> int:
+    async def _append(self, changes: Sequence[Change], done: Done) -> int:
         async with self._db.write() as connection:
-            return await advance(self._db, connection, changes)
+            if not done:
+                return await advance(self._db, connection, changes)
+            revision = await advance_silently(self._db, connection, changes)
+            await record_all(self._db, connection, done, revision=revision)
+            return revision
 
     async def read(self, cursor: int) -> FeedPage:
         """See FeedStore."""
@@ -276,6 +322,8 @@ class SqlFeed:
             )
             if moved.rowcount and cut_off:
                 await advance(self._db, connection, [change(MarkerKind.CUTOFF_EVERYTHING)])
+            elif moved.rowcount:
+                await record(self._db, connection, NOTHING, revision=opening)
 
 
 def _marker(row: Row[Any]) -> Marker:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from hashlib import sha256
 from typing import Any
 
@@ -16,6 +16,7 @@ from sqlalchemy import (
     LargeBinary,
     Row,
     String,
+    Table,
     and_,
     bindparam,
     case,
@@ -32,34 +33,49 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.types import TypeEngine
 
+from authsvc.acting import act
 from authsvc.errors import AuthError, Reason
-from authsvc.model import Grant, GrantType, Origin
-from authsvc.store.port import Change, GrantFilter, Reused, Use, change
+from authsvc.model import Grant, GrantType, Origin, Touched
+from authsvc.store.port import Change, GrantFilter, Reused, Standing, Use, change
 from authsvc.store.sql import Database, readable
-from authsvc.store.sql_feed import advance, lock_marks
+from authsvc.store.sql_audit import record, record_all
+from authsvc.store.sql_feed import advance_silently, lock_marks
 from authsvc.store.tables import ASSERTION, FEED, GRANT
 from authsvc_client.core.judge import cutoff_keys
 from authsvc_client.core.markers import MarkerKind, marker_key
 
 _CUTOFF_KEYS = {
-    "sqlite": 'json_each("grant".cutoff_keys) AS k',
-    "postgresql": 'jsonb_array_elements_text(CAST("grant".cutoff_keys AS jsonb)) AS k(value)',
+    "sqlite": "json_each({0}.cutoff_keys) AS k",
+    "postgresql": "jsonb_array_elements_text(CAST({0}.cutoff_keys AS jsonb)) AS k(value)",
 }
+
+
+def lives(database: Database, table: Table) -> ColumnElement[bool]:
+    """Whether a row of `grant` or `session` has neither ended nor expired, nor been cut off."""
+    return and_(*(~sign for sign in _signs_of_death(database, table).values()))
+
+
+def _signs_of_death(database: Database, table: Table) -> dict[str, ColumnElement[bool]]:
+    name = f'"{table.name}"'
+    keys = _CUTOFF_KEYS[database.dialect].format(name)
+    cut_off: ColumnElement[bool] = literal_column(
+        f"EXISTS (SELECT 1 FROM {keys} JOIN cutoff ON cutoff.key = k.value"  # noqa: S608 - constant
+        f" WHERE cutoff.revision > {name}.rev)"
+    )
+    return {
+        "is_ended": table.c.end_time.is_not(None),
+        "is_expired": table.c.expire_time <= database.time,
+        "is_cut_off": cut_off,
+    }
+
+
+def _is_idle(database: Database) -> ColumnElement[bool]:
+    return GRANT.c.idle_expire_time <= database.time
 
 
 def alive(database: Database) -> ColumnElement[bool]:
     """Whether a row of `grant` can still be used, by the database's clock and its cutoffs."""
-    keys = _CUTOFF_KEYS[database.dialect]
-    cut_off: ColumnElement[bool] = literal_column(
-        f"EXISTS (SELECT 1 FROM {keys} JOIN cutoff ON cutoff.key = k.value"  # noqa: S608 - constant
-        ' WHERE cutoff.revision > "grant".rev)'
-    )
-    return and_(
-        GRANT.c.end_time.is_(None),
-        GRANT.c.expire_time > database.time,
-        GRANT.c.idle_expire_time > database.time,
-        ~cut_off,
-    )
+    return and_(lives(database, GRANT), ~_is_idle(database))
 
 
 def _use_statement(database: Database, is_alive: ColumnElement[bool]) -> Executable:
@@ -98,6 +114,8 @@ def _parameter(name: str, kind: type[TypeEngine[Any]]) -> BindParameter[Any]:
 
 
 GRANTS_OF_A_TOKEN_MAX = 100
+END_REUSED_GRANT = "EndReusedGrant"
+"""What the audit calls it: to refresh was refused, and this is what was done."""
 
 
 class SqlGrants:
@@ -123,7 +141,9 @@ class SqlGrants:
                     return False
             if grant.origin.root_jti:
                 await _require_room(connection, grant.origin.root_jti)
-            await connection.execute(insert(GRANT).values(**_row(grant)))
+            await connection.execute(insert(GRANT).values(**grant_row(grant)))
+            touched = Touched(grant.origin.subject, grant.client_id, grant.grant_id)
+            await record(self._db, connection, touched)
         return True
 
     async def use(self, use: Use) -> Grant | Reused | None:
@@ -155,14 +175,31 @@ class SqlGrants:
                 return None
             if _is_good(row, use):
                 raise AuthError(Reason.STORE_UNAVAILABLE, cause="the grant cannot be read")
-            revision = await advance(
-                self._db, connection, [change(MarkerKind.GRANT_DEAD, row.grant_id)]
-            )
+            dead = [change(MarkerKind.GRANT_DEAD, row.grant_id)]
+            revision = await advance_silently(self._db, connection, dead)
+            done = replace(act(), action=END_REUSED_GRANT)
+            touched = Touched(row.subject, row.client_id, row.grant_id)
+            await record_all(self._db, connection, [(done, touched)], revision=revision)
             return Reused(row.grant_id, revision)
 
     async def by_handle(self, handle: bytes) -> Grant | None:
         """See GrantStore."""
         return await self._living(GRANT.c.handle == handle)
+
+    async def standing(self, handle: bytes, generation: int, key_id: str) -> Standing | None:
+        """See GrantStore."""
+        signs = {**_signs_of_death(self._db, GRANT), "is_idle": _is_idle(self._db)}
+        query = select(GRANT, *(sign.label(name) for name, sign in signs.items()))
+        async with self._db.read() as connection:
+            rows = (await connection.execute(query.where(GRANT.c.handle == handle))).all()
+        for grant in readable(rows, _grant, "grant"):
+            row, sender = rows[0], grant.sender
+            use = Use(
+                handle, generation, key_id, grant.client_id, sender, bool(sender), key_id, 0.0
+            )
+            told = {name: bool(getattr(row, name)) for name in signs}
+            return Standing(grant, row.end_time, **told, is_good=_is_good(row, use))
+        return None
 
     async def living(self, grant_id: str) -> Grant | None:
         """See GrantStore."""
@@ -255,7 +292,8 @@ def _assertion_digest(client_id: str, jti: str) -> bytes:
     return sha256(length + client_id.encode() + jti.encode()).digest()
 
 
-def _row(grant: Grant) -> dict[str, Any]:
+def grant_row(grant: Grant) -> dict[str, Any]:
+    """A grant as it is stored."""
     origin = grant.origin
     cutoffs = (
         marker_key(MarkerKind.CUTOFF_EVERYTHING),
@@ -272,6 +310,7 @@ def _row(grant: Grant) -> dict[str, Any]:
         "client_id": grant.client_id,
         "subject": origin.subject,
         "session_id": origin.session_id,
+        "address": grant.address,
         "parent_id": origin.grant_id,
         "root_jti": origin.root_jti,
         "details": json.dumps(_details(grant)),
@@ -327,4 +366,5 @@ def _grant(row: Row[Any]) -> Grant:
         expire_time=row.expire_time,
         generation=row.generation,
         use_time=row.use_time,
+        address=row.address,
     )

@@ -7,8 +7,9 @@ from sqlalchemy import ColumnElement, Row, and_, delete, exists, insert, select,
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from authsvc.errors import AuthError, Reason
-from authsvc.model import InitialAccessToken
+from authsvc.model import InitialAccessToken, Touched
 from authsvc.store.sql import Database, readable
+from authsvc.store.sql_audit import record
 from authsvc.store.tables import CUTOFF
 from authsvc.store.tables import INITIAL_ACCESS_TOKEN as TOKEN
 from authsvc_client.core.markers import MarkerKind, marker_key
@@ -39,6 +40,8 @@ class SqlInitialAccessTokens:
                     expire_time=token.expire_time,
                 )
             )
+            touched = Touched(object_id=token.initial_access_token_id)
+            await record(self._db, connection, touched)
 
     async def find(self, digest: bytes) -> InitialAccessToken | None:
         """See InitialAccessTokenStore."""
@@ -57,9 +60,16 @@ class SqlInitialAccessTokens:
 
     async def delete(self, initial_access_token_id: str) -> bool:
         """See InitialAccessTokenStore."""
+        return await self._db.to_the_end(self._delete(initial_access_token_id))
+
+    async def _delete(self, initial_access_token_id: str) -> bool:
         key = TOKEN.c.initial_access_token_id
         statement = delete(TOKEN).where(key == initial_access_token_id).returning(key)
-        return bool(await self._db.to_the_end(self._db.single(statement)))
+        async with self._db.write() as connection:
+            if (await connection.execute(statement)).first() is None:
+                return False
+            await record(self._db, connection, Touched(object_id=initial_access_token_id))
+            return True
 
 
 async def take_use(database: Database, connection: AsyncConnection, digest: bytes) -> None:

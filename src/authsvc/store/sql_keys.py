@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from authsvc.errors import AuthError, Reason
-from authsvc.model import KeyState, SigningKey
+from authsvc.model import KeyState, SigningKey, Touched
 from authsvc.store.port import KEYS_CHANGES, Change, Tainted, change
 from authsvc.store.sql import Database, readable
 from authsvc.store.sql_feed import advance
@@ -115,7 +115,7 @@ class SqlKeys:
                 raise AuthError(Reason.SIGNING_KEY_NOT_READY, retry_after_s=wait_s)
             heir, before = ring.signing(key), ring.in_state(KeyState.CURRENT)
             leaving = [ring.retired(before)] if before is not None else []
-            return heir, await self._save(ring, *leaving, heir)
+            return heir, await self._save(ring, *leaving, heir, about=kid)
 
     async def retire(self, kid: str) -> tuple[SigningKey, int]:
         """See KeyStore."""
@@ -180,9 +180,16 @@ class SqlKeys:
             raise AuthError(Reason.SIGNING_KEY_STATE_CONFLICT, cause=repr(error)) from error
 
     async def _save(
-        self, ring: _Ring, *changed: SigningKey, changes: Sequence[Change] = KEYS_CHANGES
+        self,
+        ring: _Ring,
+        *changed: SigningKey,
+        changes: Sequence[Change] = KEYS_CHANGES,
+        about: str = "",
     ) -> int:
-        """Writes them in this order, at most one being CURRENT at each step; the revision."""
+        """Writes them in this order, at most one being CURRENT at each step; the revision.
+
+        The audit says that it is about the first one, unless it is about another.
+        """
         known = {key.kid for key in ring.keys}
         for key in changed:
             write = (
@@ -191,7 +198,8 @@ class SqlKeys:
                 else insert(SIGNING_KEY)
             )
             await ring.connection.execute(write.values(**_row(key)))
-        return await advance(self._db, ring.connection, changes)
+        touched = Touched(object_id=about or changed[0].kid)
+        return await advance(self._db, ring.connection, changes, touched)
 
 
 def _conflict(state: KeyState) -> AuthError:

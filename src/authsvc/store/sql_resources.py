@@ -9,10 +9,11 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from authsvc.errors import AuthError, Reason
-from authsvc.model import Catalog, Resource, TokenFormat
-from authsvc.store.port import RESOURCE_CHANGES, change
+from authsvc.model import Catalog, Resource, TokenFormat, Touched
+from authsvc.store.port import RESOURCE_CHANGES, Change, change
 from authsvc.store.sql import Database, readable
 from authsvc.store.sql_feed import advance
+from authsvc.store.sql_roles import forget_resource
 from authsvc.store.tables import CLIENT, RESOURCE, SCOPE
 from authsvc_client.core.markers import MarkerKind
 
@@ -54,7 +55,7 @@ class SqlResources:
                 await _require_client(connection, resource.owner_client_id)
                 await connection.execute(insert(RESOURCE).values(**_row(resource)))
                 await _define(connection, resource)
-                return await advance(self._db, connection, RESOURCE_CHANGES)
+                return await _changed(self._db, connection, resource.resource_id)
         except IntegrityError as error:
             raise _taken(error) from error
 
@@ -83,7 +84,7 @@ class SqlResources:
                         delete(SCOPE).where(SCOPE.c.resource_id == resource_id)
                     )
                     await _define(connection, resource)
-                return resource, await advance(self._db, connection, RESOURCE_CHANGES)
+                return resource, await _changed(self._db, connection, resource_id)
         except IntegrityError as error:
             raise _taken(error) from error
 
@@ -95,9 +96,17 @@ class SqlResources:
         async with self._db.write() as connection:
             await _locked(connection, resource_id, version)
             await connection.execute(delete(SCOPE).where(SCOPE.c.resource_id == resource_id))
+            roles = await forget_resource(self._db, connection, resource_id)
             await connection.execute(delete(RESOURCE).where(RESOURCE.c.resource_id == resource_id))
             cutoff = change(MarkerKind.CUTOFF_RESOURCE, resource_id)
-            return await advance(self._db, connection, [*RESOURCE_CHANGES, cutoff])
+            return await _changed(self._db, connection, resource_id, cutoff, *roles)
+
+
+async def _changed(
+    database: Database, connection: AsyncConnection, resource_id: str, *more: Change
+) -> int:
+    touched = Touched(object_id=resource_id)
+    return await advance(database, connection, [*RESOURCE_CHANGES, *more], touched)
 
 
 async def _locked(connection: AsyncConnection, resource_id: str, version: int | None) -> Resource:

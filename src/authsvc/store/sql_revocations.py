@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from sqlalchemy import exists, func, literal, or_, select, text, true
+from sqlalchemy import ColumnElement, exists, func, literal, or_, select, text, true
 
 from authsvc.store.port import IMPACT_MAX, Change, Impact, change
 from authsvc.store.sql import Database
 from authsvc.store.sql_feed import DIE_WITH, MARKS, marked_ids
-from authsvc.store.sql_grants import alive
-from authsvc.store.tables import API_KEY, CUTOFF, FEED, GRANT
+from authsvc.store.sql_grants import alive, lives
+from authsvc.store.tables import API_KEY, CUTOFF, FEED, GRANT, SESSION
 from authsvc_client.core.judge import cutoff_keys
 from authsvc_client.core.markers import CUTOFF_KINDS, MarkerKind, marker_key
 
@@ -26,17 +26,34 @@ class SqlRevocations:
 
     async def impact(self, marker: Change) -> Impact:
         """See RevocationStore."""
-        return Impact(grants=await self._grants(marker), api_keys=await self._api_keys(marker))
+        return Impact(
+            sessions=await self._sessions(marker),
+            grants=await self._grants(marker),
+            api_keys=await self._api_keys(marker),
+        )
 
     async def is_dead(self, mark: Change) -> bool:
         """See RevocationStore."""
         marked = exists().where(FEED.c.key == mark.key)
-        ended = exists().where(GRANT.c.grant_id == mark.ids[0], GRANT.c.end_time.is_not(None))
+        named = GRANT.c.grant_id if mark.kind is MarkerKind.GRANT_DEAD else SESSION.c.session_id
+        ended = exists().where(named == mark.ids[0], named.table.c.end_time.is_not(None))
         async with self._db.read() as connection:
-            found = await connection.execute(
-                select(or_(marked, ended) if mark.kind is MarkerKind.GRANT_DEAD else marked)
-            )
+            found = await connection.execute(select(or_(marked, ended)))
             return bool(found.scalar_one())
+
+    async def _sessions(self, marker: Change) -> int:
+        wanted: dict[MarkerKind, ColumnElement[bool]] = {MarkerKind.CUTOFF_EVERYTHING: true()}
+        if marker.kind is MarkerKind.SESSION_DEAD:
+            wanted[marker.kind] = SESSION.c.session_id == marker.ids[0]
+        elif marker.kind is MarkerKind.CUTOFF_SUBJECT:
+            wanted[marker.kind] = SESSION.c.user_id == marker.ids[0]
+        if marker.kind not in wanted:
+            return 0
+        living = lives(self._db, SESSION)
+        counted = select(literal(1)).select_from(SESSION).where(wanted[marker.kind], living)
+        query = select(func.count()).select_from(counted.limit(IMPACT_MAX).subquery())
+        async with self._db.read() as connection:
+            return int((await connection.execute(query)).scalar_one())
 
     async def _grants(self, marker: Change) -> int:
         parameters: dict[str, Any] = {}

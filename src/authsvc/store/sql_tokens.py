@@ -7,9 +7,10 @@ from typing import Any
 from sqlalchemy import ColumnElement, Row, func, insert, literal_column, select
 
 from authsvc.errors import AuthError, FieldViolation, Reason
-from authsvc.model import ApiKey
+from authsvc.model import ApiKey, Touched
 from authsvc.store.port import StoredToken, change
 from authsvc.store.sql import Database, readable
+from authsvc.store.sql_audit import record
 from authsvc.store.sql_feed import advance
 from authsvc.store.tables import ACCESS_TOKEN, API_KEY, CLIENT, CUTOFF
 from authsvc_client.core.claims import parse_claims
@@ -101,6 +102,8 @@ class SqlApiKeys:
                     expire_time=key.expire_time,
                 )
             )
+            touched = Touched(client_id=key.client_id, object_id=key.api_key_id)
+            await record(self._db, connection, touched)
 
     async def page(self, client_id: str, after: str, limit: int) -> tuple[ApiKey, ...]:
         """See ApiKeyStore."""
@@ -139,11 +142,14 @@ class SqlApiKeys:
         return await self._db.to_the_end(self._delete(api_key_id))
 
     async def _delete(self, api_key_id: str) -> int:
-        wanted = select(API_KEY.c.api_key_id).where(API_KEY.c.api_key_id == api_key_id)
+        wanted = select(API_KEY.c.client_id).where(API_KEY.c.api_key_id == api_key_id)
         async with self._db.write() as connection:
-            if (await connection.execute(wanted)).first() is None:
+            owner = (await connection.execute(wanted)).scalar()
+            if owner is None:
                 raise AuthError(Reason.API_KEY_NOT_FOUND)
-            return await advance(self._db, connection, [change(MarkerKind.TOKEN_DEAD, api_key_id)])
+            dead = [change(MarkerKind.TOKEN_DEAD, api_key_id)]
+            touched = Touched(client_id=owner, object_id=api_key_id)
+            return await advance(self._db, connection, dead, touched)
 
 
 def _api_key(row: Row[Any]) -> ApiKey:

@@ -189,6 +189,7 @@ class GrantRow(SQLModel, table=True):
     client_id: str = Field(index=True)
     subject: str = Field(index=True)
     session_id: str = Field(default="", index=True)
+    address: str = Field(default="", sa_column_kwargs={"server_default": text("''")})
     parent_id: str = Field(default="", index=True)
     """Grant of the subject token that it was exchanged from."""
     root_jti: str = Field(default="", index=True)
@@ -253,15 +254,171 @@ class InitialAccessTokenRow(SQLModel, table=True):
     expire_time: float = Field(sa_column=_time("expire_time", index=True))
 
 
-class RegistrationRow(SQLModel, table=True):
-    """A registration that may be asked for again, by a digest of registrant and request id."""
+class CreationRow(SQLModel, table=True):
+    """A creation that may be asked for again, by a digest of who asks and of the request id."""
 
-    __tablename__ = "registration"
+    __tablename__ = "creation"
 
     digest: bytes = Field(sa_column=Column("digest", LargeBinary, primary_key=True))
     request_digest: bytes = Field(sa_column=_bytes("request_digest"))
-    client_id: str
+    object_id: str
+    """Client or user."""
     expire_time: float = Field(sa_column=_time("expire_time", index=True))
+
+
+class UserRow(SQLModel, table=True):
+    """A person; the name that it logs in with is unique without regard to case."""
+
+    __tablename__ = "user"
+    __table_args__ = (Index("user_state", "state", "user_id"),)
+
+    user_id: str = Field(primary_key=True, max_length=64)
+    username: str
+    username_key: str = Field(unique=True)
+    """As it is compared."""
+    display_name: str = ""
+    email: str = ""
+    email_key: str = Field(default="", index=True)
+    state: int
+    password_hash: str = Field(default="", sa_column=_text("password_hash"))
+    """In argon2's own format; empty: it has no password."""
+    password_version: int = 0
+    """Counts passwords: a login that began with the one before opens nothing."""
+    password_set_time: float | None = Field(
+        default=None, sa_column=_time("password_set_time", nullable=True)
+    )
+    reset_digest: bytes | None = Field(
+        default=None, sa_column=Column("reset_digest", LargeBinary, unique=True, index=True)
+    )
+    """SHA-256 of the code that resets the password."""
+    reset_rev: int = Field(default=0, sa_column=_revision("reset_rev"))
+    reset_expire_time: float | None = Field(
+        default=None, sa_column=_time("reset_expire_time", nullable=True)
+    )
+    version: int = 1
+    create_time: float = Field(sa_column=_time("create_time"))
+    update_time: float = Field(sa_column=_time("update_time"))
+
+
+class SessionRow(SQLModel, table=True):
+    """A person's login."""
+
+    __tablename__ = "session"
+    __table_args__ = (
+        Index("ix_session_end_time", "end_time", sqlite_where=_ENDED, postgresql_where=_ENDED),
+        Index("session_create_time", "create_time", "session_id"),
+    )
+
+    session_id: str = Field(primary_key=True, max_length=64)
+    user_id: str = Field(index=True)
+    rev: int = Field(sa_column=_revision("rev"))
+    cutoff_keys: str = Field(sa_column=_text("cutoff_keys"))
+    """As of a grant."""
+    address: str = ""
+    acr: str = ""
+    amr: str = Field(sa_column=_text("amr"))
+    create_time: float = Field(sa_column=_time("create_time"))
+    auth_time: float = Field(sa_column=_time("auth_time"))
+    expire_time: float = Field(sa_column=_time("expire_time", index=True))
+    end_time: float | None = Field(default=None, sa_column=_time("end_time", nullable=True))
+
+
+class FailureRow(SQLModel, table=True):
+    """Passwords that were tried for one account or by one peer, by a digest of which."""
+
+    __tablename__ = "failure"
+
+    digest: bytes = Field(sa_column=Column("digest", LargeBinary, primary_key=True))
+    count: int
+    wait_until: float = Field(sa_column=_time("wait_until"))
+    """Nothing is tried before then."""
+    expire_time: float = Field(sa_column=_time("expire_time", index=True))
+
+
+class PermissionRow(SQLModel, table=True):
+    """Something that may be done on a resource."""
+
+    __tablename__ = "permission"
+
+    resource_id: str = Field(primary_key=True, max_length=512)
+    name: str = Field(primary_key=True, max_length=128)
+    description: str = ""
+    create_time: float = Field(sa_column=_time("create_time"))
+
+
+class RoleRow(SQLModel, table=True):
+    """Permissions that are held together."""
+
+    __tablename__ = "role"
+
+    role_uid: str = Field(primary_key=True, max_length=64)
+    """Another one each time that a role is made under the same id."""
+    role_id: str = Field(unique=True, max_length=64)
+    display_name: str = ""
+    description: str = ""
+    version: int = 1
+    create_time: float = Field(sa_column=_time("create_time"))
+    update_time: float = Field(sa_column=_time("update_time"))
+
+
+class RolePermissionRow(SQLModel, table=True):
+    """That a role holds a permission."""
+
+    __tablename__ = "role_permission"
+    __table_args__ = (Index("role_permission_of", "resource_id", "name"),)
+
+    role_uid: str = Field(primary_key=True, max_length=64)
+    resource_id: str = Field(primary_key=True, max_length=512)
+    name: str = Field(primary_key=True, max_length=128)
+
+
+class RoleAssignmentRow(SQLModel, table=True):
+    """That a user or a client holds a role."""
+
+    __tablename__ = "role_assignment"
+    __table_args__ = (
+        Index("role_assignment_role", "role_uid", "holder_id"),
+        Index("role_assignment_resource", "resource_id"),
+    )
+
+    holder_id: str = Field(primary_key=True, max_length=64)
+    """User id or client id; no two are the same."""
+    role_uid: str = Field(primary_key=True, max_length=64)
+    resource_id: str = Field(default="", primary_key=True, max_length=512)
+    """Only the role's permissions there; empty means all."""
+    holder_kind: str
+    create_time: float = Field(sa_column=_time("create_time"))
+
+
+class AuditRow(SQLModel, table=True):
+    """One action, in the transaction of what it did. Never a secret, a password or a token."""
+
+    __tablename__ = "audit"
+    __table_args__ = (
+        Index("audit_action", "action", "create_time"),
+        Index("audit_actor", "actor", "create_time"),
+        Index("audit_subject", "subject", "create_time"),
+        Index("audit_client_id", "client_id", "create_time"),
+        Index("audit_revision", "revision"),
+    )
+
+    audit_event_id: str = Field(primary_key=True, max_length=64)
+    create_time: float = Field(sa_column=_time("create_time", index=True))
+    action: str
+    outcome: int
+    reason: int = 0
+    actor: str = ""
+    on_behalf_of: str = ""
+    peer: str = ""
+    address: str = ""
+    subject: str = ""
+    client_id: str = ""
+    object_id: str = ""
+    fields: str = ""
+    """Those that an update named, comma-separated."""
+    comment: str = Field(default="", sa_column=_text("comment"))
+    revision: int = Field(default=0, sa_column=_revision("revision"))
+    request_id: str = ""
 
 
 class CutoffRow(SQLModel, table=True):
@@ -310,4 +467,8 @@ CLIENT, RESOURCE, SCOPE = table(ClientRow), table(ResourceRow), table(ScopeRow)
 SIGNING_KEY, FEED, FEED_HEAD = table(SigningKeyRow), table(FeedRow), table(FeedHeadRow)
 CUTOFF, GRANT, ACCESS_TOKEN = table(CutoffRow), table(GrantRow), table(AccessTokenRow)
 API_KEY, ASSERTION = table(ApiKeyRow), table(AssertionRow)
-INITIAL_ACCESS_TOKEN, REGISTRATION = table(InitialAccessTokenRow), table(RegistrationRow)
+INITIAL_ACCESS_TOKEN, CREATION = table(InitialAccessTokenRow), table(CreationRow)
+USER, SESSION, FAILURE = table(UserRow), table(SessionRow), table(FailureRow)
+PERMISSION, ROLE = table(PermissionRow), table(RoleRow)
+ROLE_PERMISSION, ROLE_ASSIGNMENT = table(RolePermissionRow), table(RoleAssignmentRow)
+AUDIT = table(AuditRow)
