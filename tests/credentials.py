@@ -7,35 +7,26 @@ import asyncio
 import base64
 import json
 import logging
-import shutil
-import sqlite3
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager, closing
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import grpc
 import jwt
 import structlog
 from cryptography.hazmat.primitives.asymmetric import ec
-from google.protobuf.field_mask_pb2 import FieldMask
-from google.protobuf.timestamp_pb2 import Timestamp
 
-from authsvc.config import Grants, Registration
 from authsvc.keys.secrets import digest
 from authsvc.model import AuthMethod
-from authsvc_client.core.markers import LEEWAY_S, MARKER_LIFETIME_S
-from authsvc_client.v1 import auth_pb2, clients_pb2, keys_pb2, resources_pb2, sessions_pb2
-from authsvc_client.v1 import revocations_pb2 as pb
+from authsvc_client.v1 import auth_pb2, clients_pb2, resources_pb2, users_pb2
 from authsvc_client.v1.auth_pb2_grpc import AuthServiceStub
 from authsvc_client.v1.clients_pb2_grpc import ClientServiceStub
-from authsvc_client.v1.revocations_pb2_grpc import RevocationServiceStub
-from authsvc_client.v1.sessions_pb2_grpc import SessionServiceStub
+from authsvc_client.v1.users_pb2_grpc import UserServiceStub
 from tests.certs import HOUR, Issued
-from tests.clocks import HandClock
+from tests.credentials_of_people import PEOPLE
 from tests.harness import (
     ADMIN,
     ISSUER,
@@ -46,16 +37,49 @@ from tests.harness import (
     hand_clock,
     identity,
     issue_request,
+    migrated,
     outcome,
     read_failure,
-    running,
     spiffe,
+)
+from tests.people import ACCESS, PASSWORD, REFRESH
+from tests.probe import (
+    CERTIFICATE_S,
+    LONG_S,
+    OWN_END,
+    PENDING_S,
+    SOON_S,
+    TOKEN_S,
+    Probe,
+    ProbeError,
+    Scene,
+    Stages,
+    Step,
+    Table,
+    Use,
+    access_token,
+    ask_for_more,
+    chores,
+    delete_own,
+    delete_resources,
+    end_grant,
+    expired,
+    is_alive,
+    later,
+    once,
+    refresh_token,
+    reuse,
+    review,
+    revocation,
+    rotate_key,
+    serving,
+    stamp,
+    taint,
+    take_scope,
 )
 
 DOCUMENT: Final = Path(__file__).parents[1] / "docs" / "credentials.md"
 
-ACCESS: Final = "urn:ietf:params:oauth:token-type:access_token"
-REFRESH: Final = "urn:ietf:params:oauth:token-type:refresh_token"
 GRANTS: Final = [
     clients_pb2.GRANT_TYPE_CLIENT_CREDENTIALS,
     clients_pb2.GRANT_TYPE_TOKEN_EXCHANGE,
@@ -64,8 +88,6 @@ GRANTS: Final = [
 # JWT, OPAQUE and JWE go where a resource is deleted; a client logs in for KEPT.
 JWT, OPAQUE, JWE, KEPT = (f"https://{name}.test" for name in ("jwt", "opaque", "jwe", "kept"))
 SCOPES: Final = {JWT: "jwt.read", OPAQUE: "opaque.read", JWE: "jwe.read", KEPT: "kept.read"}
-AT_ONCE: Final = 8
-"""Servers that are asked at the same time: to stop one is mostly waiting."""
 
 KEY: Final = ec.generate_private_key(ec.SECP256R1())
 _to_jwk = jwt.algorithms.ECAlgorithm.to_jwk
@@ -73,23 +95,12 @@ JWK: Final[dict[str, str]] = _to_jwk(KEY.public_key(), as_dict=True)
 JWKS: Final = json.dumps({"keys": [JWK | {"kid": "k", "alg": "ES256", "use": "sig"}]})
 _jtis = iter(range(10**9))
 
-Table: TypeAlias = dict[str, dict[str, str]]
-"""Row -> column -> cell."""
-
-
-class ProbeError(AssertionError):
-    """An answer that no table can tell: neither yes nor a refusal that says why."""
-
 
 def assertion(client_id: str, now: float) -> str:
     """private_key_jwt, made anew: each is good once."""
     claims = {"iss": client_id, "sub": client_id, "aud": ISSUER, "exp": int(now) + 300}
     claims["jti"] = f"jti-{next(_jtis)}"
     return jwt.encode(claims, KEY, algorithm="ES256", headers={"kid": "k"})
-
-
-def stamp(seconds: float) -> Timestamp:
-    return Timestamp(seconds=int(seconds))
 
 
 def kept_request(client_id: str, **more: Any) -> auth_pb2.IssueTokenRequest:
@@ -109,15 +120,6 @@ def exchange_request(client_id: str, subject: str, wanted: str = ACCESS) -> Any:
 
 # --- what kills what ---
 
-REFUSALS: Final = {
-    *("TOKEN_REVOKED", "GRANT_REVOKED", "SESSION_ENDED", "TOKEN_KEY_TAINTED", "TOKEN_CUT_OFF"),
-    *("TOKEN_EXPIRED", "TOKEN_MALFORMED", "TOKEN_KEY_UNKNOWN"),
-    *("CLIENT_AUTHENTICATION_FAILED", "PEER_CERTIFICATE_EXPIRED"),
-    *("CLIENT_PENDING", "CLIENT_REJECTED", "CLIENT_EXPIRED", "CLIENT_SUSPENDED"),
-    *("INVALID_GRANT", "REFRESH_TOKEN_REUSED", "REGISTRATION_TOKEN_INVALID"),
-}
-"""How a dead credential is refused; every other answer is a failure of the probe."""
-DIES, LIVES = "**dies**", "lives"
 APP_METADATA: Final[dict[str, Any]] = {
     "client_name": "app",
     "grant_types": GRANTS,
@@ -131,66 +133,13 @@ APP_METADATA: Final[dict[str, Any]] = {
         clients_pb2.CLIENT_AUTH_METHOD_API_KEY,
     ],
 }
-# The ends of what has one: after the lifetime of markers, before that of the other certificates.
-TOKEN_S, LONG_S, GRANT_S = 3600, 7 * HOUR, 7.5 * HOUR
-CERTIFICATE_S, PENDING_S, SOON_S = 8 * HOUR, 4 * HOUR, 600.0
-
-
-@dataclass
-class Scene:
-    """`app` holds one credential of each kind; `orders` acts for it by an exchanged token."""
-
-    server: Running
-    app: Member
-    orders: Member
-    held: dict[str, str]
-    """By name; also ids, and `root`, which the exchanged token and the grant come from."""
-
-    @property
-    def now(self) -> float:
-        return self.server.clock.wall()
-
-    async def admin(self, method: str, **fields: Any) -> Any:
-        """A call of RevocationService, by an administrator."""
-        stub = RevocationServiceStub(self.server.channel(ADMIN))
-        return await getattr(stub, method)(getattr(pb, f"{method}Request")(**fields))
-
-    async def refresh(self, token: str) -> auth_pb2.IssuedToken:
-        request = auth_pb2.RefreshTokenRequest(refresh_token=token, client_id=self.app.client_id)
-        return (await self.server.auth(self.app.who).RefreshToken(request)).token
-
-    async def revoke(self, token: str, by: Member | None = None) -> None:
-        by = by or self.app
-        request = auth_pb2.RevokeTokenRequest(token=token, client_id=by.client_id)
-        await self.server.auth(by.who).RevokeToken(request)
-
-
-Use: TypeAlias = Callable[[Scene], Awaitable[str]]
-"""Uses a credential: OK, or why not."""
-
-
-def _token(name: str, bearer: str = "app") -> Use:
-    async def use(scene: Scene) -> str:
-        presenter: Member = getattr(scene, bearer)
-        return await scene.server.judged(ADMIN, scene.held[name], of=presenter.who)
-
-    return use
-
-
-async def _use_refresh(scene: Scene) -> str:
-    async def use() -> None:
-        scene.held["refresh token"] = (
-            await scene.refresh(scene.held["refresh token"])
-        ).refresh_token
-
-    return await outcome(use())
 
 
 async def _use_api_key(scene: Scene) -> str:
     """As a token that somebody validates, and to authenticate its client: both or neither."""
     value = scene.held["API key"]
     metadata = (("authorization", f"Bearer {value}"),)
-    stub = scene.server.auth(scene.orders.who)
+    stub = scene.server.auth(scene.members["orders"].who)
     asked = await outcome(stub.IssueToken(kept_request(scene.app.client_id), metadata=metadata))
     judged = await scene.server.judged(ADMIN, value)
     if (asked == "OK") is not (judged == "OK"):
@@ -203,8 +152,8 @@ def _login(credential: Callable[[Scene], Mapping[str, str]], over: str = "orders
 
     async def use(scene: Scene) -> str:
         request = kept_request(scene.app.client_id, **credential(scene))
-        connected: Member = getattr(scene, over)
-        return await outcome(scene.server.auth(connected.who).IssueToken(request))
+        who = scene.members[over].who
+        return await outcome(scene.server.auth(who).IssueToken(request))
 
     return use
 
@@ -212,7 +161,7 @@ def _login(credential: Callable[[Scene], Mapping[str, str]], over: str = "orders
 async def _use_registration(scene: Scene) -> str:
     token = scene.held["registration token"]
     request = clients_pb2.GetOwnClientRequest(registration_access_token=token)
-    return await outcome(scene.server.clients(scene.orders.who).GetOwnClient(request))
+    return await outcome(scene.server.clients(scene.members["orders"].who).GetOwnClient(request))
 
 
 async def _use_initial(scene: Scene) -> str:
@@ -220,17 +169,17 @@ async def _use_initial(scene: Scene) -> str:
         metadata=clients_pb2.ClientMetadata(client_name="made"),
         initial_access_token=scene.held["initial token"],
     )
-    return await outcome(scene.server.auth(scene.orders.who).RegisterClient(request))
+    return await outcome(scene.server.auth(scene.members["orders"].who).RegisterClient(request))
 
 
 CREDENTIALS: Final[dict[str, Use]] = {
-    "JWT": _token("JWT"),
-    "opaque": _token("opaque"),
-    "JWE": _token("JWE"),
-    "exchanged": _token("exchanged", "orders"),
-    "of the grant": _token("of the grant"),
-    "of the API key": _token("of the API key"),
-    "refresh token": _use_refresh,
+    "JWT": access_token("JWT"),
+    "opaque": access_token("opaque"),
+    "JWE": access_token("JWE"),
+    "exchanged": access_token("exchanged", "orders"),
+    "of the grant": access_token("of the grant"),
+    "of the API key": access_token("of the API key"),
+    "refresh token": refresh_token("refresh token"),
     "API key": _use_api_key,
     "client secret": _login(lambda scene: {"secret": scene.held["client secret"]}),
     "private key": _login(lambda scene: {"assertion": assertion(scene.app.client_id, scene.now)}),
@@ -238,8 +187,7 @@ CREDENTIALS: Final[dict[str, Use]] = {
     "registration token": _use_registration,
     "initial token": _use_initial,
 }
-ACCESS_TOKENS: Final = ("JWT", "opaque", "JWE", "exchanged", "of the grant", "of the API key")
-"""They are over before a marker is forgotten."""
+ACCESS_TOKENS: Final = frozenset([*CREDENTIALS][:6])
 
 
 async def create_resources(server: Running, *resources: str) -> None:
@@ -265,12 +213,8 @@ async def equip(server: Running) -> Scene:
     held["registration token"] = made.registration_access_token
     for name, resource in {"JWT": JWT, "opaque": OPAQUE, "JWE": JWE}.items():
         held[name] = (await server.token(app, resources=[resource])).access_token
-    # A login session comes with people: this one is signed into the root token by hand.
-    root = (await server.token(app, resources=[JWT])).access_token
-    claims = jwt.decode(root, options={"verify_signature": False})
-    held["session"] = claims["sid"] = "ab" * 16
-    held["root"] = server.app._ring.signer.sign(claims)
-    scene = Scene(server, app, orders, held)
+    held["root"] = (await server.token(app, resources=[JWT])).access_token
+    scene = Scene(server, {"app": app, "orders": orders}, held, APP_METADATA)
     request = exchange_request(orders.client_id, held["root"])
     held["exchanged"] = (await server.auth(orders.who).IssueToken(request)).token.access_token
     request = exchange_request(app.client_id, held["root"], REFRESH)
@@ -298,100 +242,20 @@ async def equip(server: Running) -> Scene:
 
 # --- the events ---
 
-Step: TypeAlias = Callable[[Scene], Awaitable[Any]]
-
 
 async def _revoke_itself(scene: Scene) -> None:
     """Whatever it is, as a text; last what takes its access tokens along."""
     last = {"of the grant": "refresh token", "of the API key": "API key"}
     for token, origin in last.items():
         await scene.revoke(scene.held[token])
-        living = [name for name in (token, origin) if await _is_alive(scene, name)]
+        uses = {name: CREDENTIALS[name] for name in (token, origin)}
+        living = [name for name, use in uses.items() if await is_alive(scene, name, use)]
         if living != [origin]:
             raise ProbeError(f"RevokeToken of {token}: then {living}")
-    await scene.revoke(scene.held["exchanged"], scene.orders)
+    await scene.revoke(scene.held["exchanged"], scene.members["orders"])
     texts = ("JWT", "opaque", "JWE", "client secret", "registration token", "initial token")
     for name in (*texts, *last.values()):
         await scene.revoke(scene.held[name])
-
-
-def _revocation(method: str, **fields: str) -> Step:
-    """A call of RevocationService; fields name a member, or what is held."""
-
-    async def step(scene: Scene) -> Any:
-        ids = {"app": scene.app.client_id, "orders": scene.orders.client_id} | scene.held
-        return await scene.admin(method, **{name: ids[of] for name, of in fields.items()})
-
-    return step
-
-
-async def _end_grant(scene: Scene) -> None:
-    request = sessions_pb2.EndGrantRequest(grant_id=scene.held["grant"])
-    await SessionServiceStub(scene.server.channel(ADMIN)).EndGrant(request)
-
-
-async def _reuse(scene: Scene) -> None:
-    first = scene.held["refresh token"]
-    second = (await scene.refresh(first)).refresh_token
-    scene.held["refresh token"] = (await scene.refresh(second)).refresh_token
-    assert await outcome(scene.refresh(first)) == "REFRESH_TOKEN_REUSED"
-
-
-def _review(verb: str, **more: Any) -> Step:
-    """A step of the review of `app`."""
-
-    async def step(scene: Scene) -> Any:
-        request = getattr(clients_pb2, f"{verb}ClientRequest")(
-            client_id=scene.app.client_id, **more
-        )
-        return await getattr(scene.server.clients(), f"{verb}Client")(request)
-
-    return step
-
-
-def _in_turn(*steps: Step) -> Step:
-    async def step(scene: Scene) -> None:
-        for one in steps:
-            await one(scene)
-
-    return step
-
-
-def _later(seconds: float) -> Step:
-    async def step(scene: Scene) -> None:
-        await scene.server.advance(seconds)
-
-    return step
-
-
-async def _chores(scene: Scene) -> None:
-    await scene.server.app.housekeeping.run_once()
-    await scene.server.app.follow.poll()
-
-
-def _update(*paths: str, **changed: Any) -> Step:
-    async def step(scene: Scene) -> None:
-        client = clients_pb2.Client(client_id=scene.app.client_id, **changed)
-        request = clients_pb2.UpdateClientRequest(client=client, update_mask=FieldMask(paths=paths))
-        await scene.server.clients().UpdateClient(request)
-
-    return step
-
-
-async def _ask_for_more(scene: Scene) -> None:
-    metadata = APP_METADATA | {"scopes": [*SCOPES.values(), "validate"]}
-    request = clients_pb2.UpdateOwnClientRequest(
-        registration_access_token=scene.held["registration token"],
-        client_id=scene.app.client_id,
-        metadata=clients_pb2.ClientMetadata(**metadata),
-    )
-    await scene.server.clients(scene.app.who).UpdateOwnClient(request)
-
-
-async def _delete_own(scene: Scene) -> None:
-    token = scene.held["registration token"]
-    request = clients_pb2.DeleteOwnClientRequest(registration_access_token=token)
-    await scene.server.clients(scene.app.who).DeleteOwnClient(request)
 
 
 def _rotate_secret(overlap_s: float | None = None) -> Step:
@@ -417,37 +281,8 @@ async def _delete_initial(scene: Scene) -> None:
     await scene.server.clients().DeleteInitialAccessToken(request)
 
 
-async def _delete_resources(scene: Scene) -> None:
-    for resource in (JWT, OPAQUE, JWE):
-        request = resources_pb2.DeleteResourceRequest(resource_id=resource)
-        await scene.server.resources().DeleteResource(request)
-
-
 async def _create_resources(scene: Scene) -> None:
     await create_resources(scene.server, JWT, OPAQUE, JWE)
-
-
-async def _rotate_key(scene: Scene) -> None:
-    keys = scene.server.keys()
-    prepared = (await keys.PrepareSigningKey(keys_pb2.PrepareSigningKeyRequest())).signing_key
-    await scene.server.advance(prepared.ready_time.seconds + 1 - scene.now)
-    await keys.ActivateSigningKey(keys_pb2.ActivateSigningKeyRequest(kid=prepared.kid))
-
-
-async def _taint(scene: Scene) -> None:
-    keys = scene.server.keys()
-    listed = await keys.ListSigningKeys(keys_pb2.ListSigningKeysRequest())
-    request = keys_pb2.TaintSigningKeyRequest(kid=listed.signing_keys[0].kid)
-    await keys.TaintSigningKey(request)
-
-
-_approval_ends = _update("approval_expire_time", approval_expire_time=stamp(NOW + SOON_S))
-_expired = _in_turn(_approval_ends, _later(SOON_S + 1))
-Stages: TypeAlias = tuple[tuple[str, Step], ...]
-
-
-def once(*steps: Step) -> Stages:
-    return (("", _in_turn(*steps)),)
 
 
 EVENTS: Final[dict[str, Stages]] = {
@@ -458,147 +293,50 @@ EVENTS: Final[dict[str, Stages]] = {
     "`RevokeToken` of the refresh token": once(
         lambda scene: scene.revoke(scene.held["refresh token"])
     ),
-    "a refresh token comes again after its successor was used": once(_reuse),
-    "`RevokeGrant`": once(_revocation("RevokeGrant", grant_id="grant")),
-    "`EndGrant`": once(_end_grant),
-    "`RevokeSession` (of the root)": once(_revocation("RevokeSession", session_id="session")),
-    "`RevokeSubject`": once(_revocation("RevokeSubject", subject="app")),
-    "`RevokeClient`": once(_revocation("RevokeClient", client_id="app")),
+    "a refresh token comes again after its successor was used": once(reuse("refresh token")),
+    "`RevokeGrant`": once(revocation("RevokeGrant", grant_id="grant")),
+    "`EndGrant`": once(end_grant("grant")),
+    "`RevokeSubject`": once(revocation("RevokeSubject", subject="app")),
+    "`RevokeClient`": once(revocation("RevokeClient", client_id="app")),
     "`RevokeClient` of the client that acts by the exchange": once(
-        _revocation("RevokeClient", client_id="orders")
+        revocation("RevokeClient", client_id="orders")
     ),
     "`RevokeSubjectClient`": once(
-        _revocation("RevokeSubjectClient", subject="app", client_id="app")
+        revocation("RevokeSubjectClient", subject="app", client_id="app")
     ),
     "`RevokeSubjectClient` with the client that acts by the exchange": once(
-        _revocation("RevokeSubjectClient", subject="app", client_id="orders")
+        revocation("RevokeSubjectClient", subject="app", client_id="orders")
     ),
-    "`RevokeEverything`": once(_revocation("RevokeEverything")),
-    "`ActivateSigningKey` of the next key": once(_rotate_key),
-    "`TaintSigningKey` of the current key": once(_taint),
-    "`SuspendClient`": once(_review("Suspend")),
-    "`SuspendClient`, then `ResumeClient`": once(_review("Suspend"), _review("Resume")),
+    "`RevokeEverything`": once(revocation("RevokeEverything")),
+    "`ActivateSigningKey` of the next key": once(rotate_key),
+    "`TaintSigningKey` of the current key": once(taint),
+    "`SuspendClient`": once(review("Suspend")),
+    "`SuspendClient`, then `ResumeClient`": once(review("Suspend"), review("Resume")),
     "the approval ends": (
-        ("", _expired),
-        ("at the next housekeeping", _chores),
+        ("", expired),
+        ("at the next housekeeping", chores),
     ),
-    "the approval ends, then `ApproveClient`": once(_expired, _chores, _review("Approve")),
-    "`UpdateClient` that takes a scope away": once(
-        _update(
-            "metadata.scopes", metadata={"client_name": "app", "scopes": [*SCOPES.values()][1:]}
-        )
-    ),
-    "`UpdateOwnClient` that asks for more": once(_ask_for_more),
-    "the same, then `RejectClient`": once(_ask_for_more, _review("Reject")),
-    "the same, and nobody reviews it in time": once(_ask_for_more, _later(PENDING_S + 1), _chores),
-    "`DeleteClient`": once(_review("Delete")),
-    "`DeleteOwnClient`": once(_delete_own),
+    "the approval ends, then `ApproveClient`": once(expired, chores, review("Approve")),
+    "`UpdateClient` that takes a scope away": once(take_scope),
+    "`UpdateOwnClient` that asks for more": once(ask_for_more),
+    "the same, then `RejectClient`": once(ask_for_more, review("Reject")),
+    "the same, and nobody reviews it in time": once(ask_for_more, later(PENDING_S + 1), chores),
+    "`DeleteClient`": once(review("Delete")),
+    "`DeleteOwnClient`": once(delete_own),
     "`RotateClientSecret`": once(_rotate_secret()),
     "`RotateClientSecret` with an overlap": (
         ("", _rotate_secret(SOON_S)),
-        ("after the overlap", _later(SOON_S + 1)),
+        ("after the overlap", later(SOON_S + 1)),
     ),
     "`DeleteApiKey`": once(_delete_api_key),
     "`DeleteInitialAccessToken`": once(_delete_initial),
-    "`DeleteResource` of its audience": once(_delete_resources),
+    "`DeleteResource` of its audience": once(delete_resources(JWT, OPAQUE, JWE)),
     "`DeleteResource`, then `CreateResource` of the same id": once(
-        _delete_resources, _create_resources
+        delete_resources(JWT, OPAQUE, JWE), _create_resources
     ),
-    "its own end": (
-        ("before it", _later(TOKEN_S - 10)),
-        ("", _later(GRANT_S - TOKEN_S + 10 + LEEWAY_S + 1)),
-        ("", _later(CERTIFICATE_S - GRANT_S)),
-    ),
+    "its own end": OWN_END,
 }
-
-
-# --- the probe ---
-
-
-@asynccontextmanager
-async def serving(directory: Path, clock: HandClock, **more: Any) -> AsyncIterator[Running]:
-    """A server whose chores are done when the probe says so."""
-    lives = Grants(lifetime_days=GRANT_S / 86400, idle_days=6 / 24)
-    registration = Registration(pending_days=PENDING_S / 86400)
-    async with running(
-        directory, clock=clock, grants=lives, registration=registration, **more
-    ) as server:
-        for task in server.app._tasks._running:
-            if task.get_name() == "housekeeping":
-                task.cancel()
-        yield server
-
-
-async def _is_alive(scene: Scene, name: str) -> bool:
-    told = await CREDENTIALS[name](scene)
-    if told != "OK" and told not in REFUSALS:
-        raise ProbeError(f"{name}: {told}")
-    return told == "OK"
-
-
-def sql(directory: Path, *statements: str) -> None:
-    """What nobody may: changes by hand."""
-    with closing(sqlite3.connect(directory / "authsvc.db")) as connection, connection:
-        for statement in statements:
-            connection.execute(statement)
-
-
-async def _living(scene: Scene) -> set[str]:
-    return {name for name in CREDENTIALS if await _is_alive(scene, name)}
-
-
-async def _row(template: Path, scene: Scene, stages: Stages) -> dict[str, str]:
-    """What an event kills, at once, after a restart and when its markers are compacted."""
-    with tempfile.TemporaryDirectory() as temporary:
-        directory = Path(shutil.copytree(template, Path(temporary) / "state"))
-        clock, held = hand_clock(), dict(scene.held)
-        cells: dict[str, str] = {}
-
-        def at(server: Running) -> Scene:
-            return Scene(server, scene.app, scene.orders, held)
-
-        async with serving(directory, clock) as server:
-            living = await _living(at(server))
-            _same(living, set(CREDENTIALS), "before")
-            for when, step in stages:
-                await step(at(server))
-                await server.app.follow.poll()  # a slow machine may answer before it has applied
-                left = await _living(at(server))
-                _same(left - living, set(), "revived")
-                cells |= dict.fromkeys(living - left, f"{DIES} {when}".strip())
-                living = left
-        async with serving(directory, clock) as server:
-            _same(await _living(at(server)), living, "restarted")
-        clock.advance(MARKER_LIFETIME_S + 1)
-        sql(directory, "DELETE FROM feed", "UPDATE feed_head SET compacted_to = revision")
-        async with serving(directory, clock) as server:
-            _same(await _living(at(server)), living.difference(ACCESS_TOKENS), "compacted")
-    return {name: cells.get(name, LIVES) for name in CREDENTIALS}
-
-
-def _same(found: set[str], expected: set[str], when: str) -> None:
-    if found != expected:
-        raise ProbeError(f"{when}: {sorted(found ^ expected)}")
-
-
-async def what_kills_what(events: Iterable[str] = EVENTS) -> Table:
-    """Event -> credential -> whether it dies of it. Raises ProbeError."""
-    with tempfile.TemporaryDirectory() as temporary:
-        template = Path(temporary) / "state"
-        template.mkdir()
-        async with serving(template, hand_clock()) as server:
-            scene = await equip(server)
-        free = asyncio.Semaphore(AT_ONCE)
-
-        async def row(event: str) -> dict[str, str]:
-            async with free:
-                try:
-                    return await _row(template, scene, EVENTS[event])
-                except Exception as error:
-                    error.add_note(event)
-                    raise
-
-        return dict(zip(events, await asyncio.gather(*map(row, events)), strict=True))
+SERVICES: Final = Probe(equip, CREDENTIALS, ACCESS_TOKENS, EVENTS)
 
 
 # --- what proves whom ---
@@ -608,6 +346,7 @@ NOT_TAKEN: Final = {
     *("CLIENT_AUTHENTICATION_FAILED", "AUTH_METHOD_NOT_REGISTERED", "INVALID_GRANT"),
     *("CALLER_UNKNOWN", "CALLER_TOKEN_INVALID", "PEER_CERTIFICATE_MISSING", "FIELD_INVALID"),
     *("REGISTRATION_TOKEN_INVALID", "REGISTRATION_NOT_ALLOWED", "INVALID_CLIENT_METADATA"),
+    *("GRANT_TYPE_NOT_ALLOWED", "TOKEN_MISSING", "INSUFFICIENT_SCOPE", "TOKEN_NOT_OWNED"),
 }
 """How a way that does not count is refused; every other answer is a failure of the probe."""
 DIGEST: Final = "its SHA-256"
@@ -639,6 +378,15 @@ WORDS: Final[dict[AuthMethod | str, tuple[str, str]]] = {
     ),
     "registration access token": ("`registration_access_token`", DIGEST),
     "initial access token": ("`initial_access_token`", DIGEST),
+    "password of a person": (
+        "`password.username` and `password.password`, beside a first party's own proof",
+        "its argon2id hash",
+    ),
+    "access token of a person for authsvc": (
+        "metadata `authorization: Bearer …`, beside the current password",
+        "nothing of a JWT",
+    ),
+    "reset code of a person": ("`code`", DIGEST),
 }
 """What no call tells: how each is offered, and what is stored of it."""
 
@@ -659,7 +407,10 @@ class Way:
     """An access token of the client."""
     refresh_token: str = "x"
     beside: str = ""
-    """The client secret that goes with a refresh token."""
+    """The client secret that goes with a refresh token or a password."""
+    username: str = "nobody"
+    password: str = "x"
+    """The person's, where the text is its token."""
     own_name: str = ""
     """The SPIFFE ID that it registers, and no other client."""
 
@@ -684,6 +435,7 @@ class Desk:
     def __init__(self, channel: grpc.aio.Channel, now: float) -> None:
         self._auth: Any = AuthServiceStub(channel)
         self._clients: Any = ClientServiceStub(channel)
+        self._users: Any = UserServiceStub(channel)
         self._now = now
 
     def _offer(self, way: Way) -> tuple[dict[str, Any], Any]:
@@ -691,11 +443,26 @@ class Desk:
         fields = {"client_id": way.client_id, "client_credential": offer.get("credential")}
         return fields, offer.get("metadata", ())
 
+    def _offer_beside(self, way: Way) -> tuple[dict[str, Any], Any]:
+        """The same, of a way that goes with the client's own proof."""
+        fields, metadata = self._offer(way)
+        if not way.beside:
+            return fields, metadata
+        fields["client_credential"] = auth_pb2.ClientCredential(client_secret=way.beside)
+        return fields, ()
+
     async def issue(self, way: Way) -> Any:
         fields, metadata = self._offer(way)
         request = auth_pb2.IssueTokenRequest(
             client_credentials=auth_pb2.ClientCredentialsGrant(), scopes=OWN, **fields
         )
+        return (await self._auth.IssueToken(request, metadata=metadata)).token
+
+    async def log_in(self, way: Way) -> Any:
+        """For a token that no scope is needed for."""
+        fields, metadata = self._offer_beside(way)
+        told = auth_pb2.PasswordGrant(username=way.username, password=way.text)
+        request = auth_pb2.IssueTokenRequest(password=told, resources=[ISSUER], **fields)
         return (await self._auth.IssueToken(request, metadata=metadata)).token
 
     async def open(self, way: Way) -> str:
@@ -709,10 +476,7 @@ class Desk:
         return str(issued.token.refresh_token)
 
     async def refresh(self, way: Way) -> None:
-        fields, metadata = self._offer(way)
-        if way.beside:
-            fields["client_credential"] = auth_pb2.ClientCredential(client_secret=way.beside)
-            metadata = ()
+        fields, metadata = self._offer_beside(way)
         request = auth_pb2.RefreshTokenRequest(refresh_token=way.refresh_token, **fields)
         answer = await self._auth.RefreshToken(request, metadata=metadata)
         way.refresh_token = answer.token.refresh_token
@@ -737,6 +501,17 @@ class Desk:
         request = clients_pb2.GetOwnClientRequest(registration_access_token=way.text)
         await self._clients.GetOwnClient(request)
 
+    async def set_password(self, way: Way) -> None:
+        _, metadata = self._offer(way)
+        request = users_pb2.SetPasswordRequest(
+            current_password=way.password, new_password=TOO_SHORT
+        )
+        await _refused_for_the_new_one(self._users.SetPassword(request, metadata=metadata))
+
+    async def reset_password(self, way: Way) -> None:
+        request = users_pb2.ResetPasswordRequest(code=way.text, new_password=TOO_SHORT)
+        await _refused_for_the_new_one(self._users.ResetPassword(request))
+
     async def register(self, way: Way) -> None:
         _, metadata = self._offer(way)
         asked = clients_pb2.ClientMetadata(client_name="made")
@@ -754,12 +529,27 @@ class Desk:
         await self._auth.RegisterClient(request)
 
 
+TOO_SHORT: Final = "short"
+
+
+async def _refused_for_the_new_one(call: Awaitable[Any]) -> None:
+    """A password is looked at when it is known who sets it: then nothing is set."""
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        if read_failure(error).reason != "PASSWORD_NOT_ACCEPTED":
+            raise
+    else:
+        raise ProbeError("a password that is too short was taken")
+
+
 PLACES: Final[dict[str, tuple[Callable[[Desk, Way], Awaitable[Any]], ...]]] = {
-    "`IssueToken`": (Desk.issue,),
+    "`IssueToken`": (Desk.issue, Desk.log_in),
     "`RefreshToken`": (Desk.refresh,),
     "`RevokeToken`": (Desk.revoke, Desk.revoke_as_caller),
     "methods with a scope": (Desk.validate,),
     "own registration": (Desk.own,),
+    "own password": (Desk.set_password, Desk.reset_password),
     "`RegisterClient`": (Desk.register, Desk.register_by_token),
 }
 """Where a way may count: it does if one of these calls is answered."""
@@ -839,7 +629,39 @@ async def _ways(server: Running, strangers: Desk) -> dict[str, Way]:
     ways["certificate of an administrator"] = Way("x", who=ADMIN)
     nobody = identity("nobody")
     ways["certificate of nobody yet"] = Way("x", who=nobody, own_name=spiffe("nobody"))
-    return ways
+    return ways | await _ways_of_a_person(server, strangers)
+
+
+async def _ways_of_a_person(server: Running, strangers: Desk) -> dict[str, Way]:
+    """By a first party that has a secret."""
+    made = await server.register(
+        identity("console"),
+        secret=True,
+        grant_types=[clients_pb2.GRANT_TYPE_PASSWORD],
+        first_party=True,
+        tls_client_certificate_bound_access_tokens=False,
+    )
+    client_id = made.client.client_id
+    await server.approve(client_id)
+    user = users_pb2.User(username="ada")
+    added = await server.users().CreateUser(
+        users_pb2.CreateUserRequest(user=user, password=PASSWORD)
+    )
+    request = users_pb2.CreatePasswordResetCodeRequest(user_id=added.user.user_id)
+    by_password = Way(client_id, PASSWORD, username="ada", beside=made.client_secret)
+    token = (await strangers.log_in(by_password)).access_token
+    by_token = Way(client_id, token, bearer=True, token=token, password=PASSWORD)
+    alone = {"a password": (replace(by_password, beside=""), Desk.log_in)}
+    alone["a token"] = (replace(by_token, password="x"), Desk.set_password)
+    for name, (way, call) in alone.items():
+        if await _is_taken(strangers, way, (call,)):
+            raise ProbeError(f"{name} of a person alone was enough")
+    code = (await server.users().CreatePasswordResetCode(request)).code
+    return {
+        "password of a person": by_password,
+        "access token of a person for authsvc": by_token,
+        "reset code of a person": Way("x", code, bearer=True),
+    }
 
 
 async def _is_taken(
@@ -911,10 +733,16 @@ def placed(text: str, tables: Mapping[str, str]) -> str:
 
 async def document(text: str) -> str:
     """The document as it should be. Raises ProbeError."""
-    whom, what = await what_proves_whom(), await what_kills_what()
+    with tempfile.TemporaryDirectory() as temporary:
+        await migrated(Path(temporary))  # one database that all copy
+        whom, services, people = await asyncio.gather(what_proves_whom(), SERVICES(), PEOPLE())
     return placed(
         text,
-        {"what proves whom": markdown("proof", whom), "what kills what": markdown("event", what)},
+        {
+            "what proves whom": markdown("proof", whom),
+            "what kills what": markdown("event", services),
+            "what kills what of a person": markdown("event", people),
+        },
     )
 
 

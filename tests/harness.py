@@ -19,7 +19,7 @@ from pydantic import SecretStr
 
 from authsvc.app import App, prepare
 from authsvc.clock import Clock, SystemClock
-from authsvc.config import Database, Listen, Settings, Tls
+from authsvc.config import Database, Listen, Passwords, Settings, Tls
 from authsvc.errors import RULES
 from authsvc.rpc.peer import x5t_s256
 from authsvc.store import sql as sql_module
@@ -32,6 +32,7 @@ from authsvc_client.v1.auth_pb2_grpc import AuthServiceStub
 from authsvc_client.v1.clients_pb2_grpc import ClientServiceStub
 from authsvc_client.v1.keys_pb2_grpc import KeyServiceStub
 from authsvc_client.v1.resources_pb2_grpc import ResourceServiceStub
+from authsvc_client.v1.users_pb2_grpc import UserServiceStub
 from tests import certs
 from tests.certs import DAY, HOUR, Issued
 from tests.clocks import HandClock
@@ -41,6 +42,7 @@ if TYPE_CHECKING:  # they are names of the type stubs alone
     from authsvc_client.v1.clients_pb2_grpc import ClientServiceAsyncStub
     from authsvc_client.v1.keys_pb2_grpc import KeyServiceAsyncStub
     from authsvc_client.v1.resources_pb2_grpc import ResourceServiceAsyncStub
+    from authsvc_client.v1.users_pb2_grpc import UserServiceAsyncStub
 
 ISSUER: Final = "https://issuer.test"
 TIMEOUT_S: Final = 30.0
@@ -219,6 +221,9 @@ class Running:
     def resources(self, who: Issued | None = ADMIN) -> "ResourceServiceAsyncStub":
         return ResourceServiceStub(self.channel(who))
 
+    def users(self, who: Issued | None = ADMIN) -> "UserServiceAsyncStub":
+        return UserServiceStub(self.channel(who))
+
     def keys(self, who: Issued | None = ADMIN) -> "KeyServiceAsyncStub":
         return KeyServiceStub(self.channel(who))
 
@@ -381,6 +386,7 @@ def settings_for(
         (directory / file).write_bytes(content)
     more.setdefault("admins", (spiffe("admin"),))
     more.setdefault("drain_s", 2.0)
+    more.setdefault("passwords", Passwords(memory_kib=64, passes=1))
     return Settings(
         state_dir=directory,
         issuer=ISSUER,

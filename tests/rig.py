@@ -12,17 +12,21 @@ from authsvc.feed.append import Append
 from authsvc.feed.follow import Follow
 from authsvc.identify import Identify
 from authsvc.issue import IssueToken
+from authsvc.keys.passwords import Passwords
 from authsvc.keys.refresh import RefreshKeys
 from authsvc.keys.ring import KeyRing
 from authsvc.keys.secrets import Sealer
 from authsvc.mint import GrantLife, Mint, OpenGrant
 from authsvc.model import Resource, TokenFormat
+from authsvc.passwords import CheckPassword
+from authsvc.permissions import Permissions
 from authsvc.refresh import RefreshToken
 from authsvc.revoke import RevokeToken
 from authsvc.store import sql_store
 from authsvc.store.cached import CachedCatalog, CachedClients
 from authsvc.store.port import Store
 from authsvc.store.sql import Database
+from authsvc.validate import ValidateToken
 from authsvc_client.core.judge import Judge
 from authsvc_client.core.markers import Marker, MarkerKind
 from authsvc_client.core.state import State
@@ -33,6 +37,8 @@ API, OPAQUE = "https://api.test", "https://opaque.test"
 SCOPES = {API: "read", OPAQUE: "open"}
 LIFE = GrantLife(most_s=1000.0, idle_s=100.0)
 REFRESH_KEY = b"\x11" * 32
+PASSWORDS = Passwords(memory_kib=64, passes=1, threads=1, queue=32, min_chars=8)
+"""Of all rigs: as cheap as argon2 can be."""
 
 Step = Callable[[], Awaitable[None]]
 
@@ -80,11 +86,17 @@ class Rig:
         self.state = state = State(120)
         self.ring = KeyRing(store.keys, Sealer((b"\x22" * 32,)), state)
         self._clients, self._catalog = CachedClients(store.clients), CachedCatalog(store.resources)
+        self.permissions = Permissions(store.roles, state, self.reach)
         self.follow = Follow(
             store.feed,
             state,
             clock,
-            listeners=(self._clients.changed, self._catalog.changed, self._reload),
+            listeners=(
+                self._clients.changed,
+                self._catalog.changed,
+                self.permissions.changed,
+                self._reload,
+            ),
         )
         self.refresh_keys = RefreshKeys(refresh_keys)
 
@@ -96,6 +108,7 @@ class Rig:
         )
         # The caches read through steps, and are themselves awaited.
         self._clients._store, self._catalog._store = seen.clients, seen.resources
+        self.permissions._store = seen.roles
         catalog, clients = stepped(self._catalog), stepped(self._clients)
         judge = Judge(ISSUER, state)
         self.identify = Identify(
@@ -112,8 +125,11 @@ class Rig:
                 clock,
             )
         )
-        self.mint = mint(ISSUER, self.ring, seen.tokens, state, clock)
-        self.open_grant = open_grant(seen.grants, self.refresh_keys, LIFE)
+        permissions = stepped(self.permissions)
+        self.mint = mint(ISSUER, self.ring, seen.tokens, permissions, state, clock)
+        self.open_grant = open_grant(seen.grants, seen.sessions, self.refresh_keys, LIFE)
+        self.check_password = CheckPassword(seen.users, seen.failures, PASSWORDS)
+        self.validate = ValidateToken(self.identify, permissions, self.follow, state)
         # Nothing is awaited after it: it looks at the clock last.
         last: Any = Stepped(self.mint, step, after=False)
         self.issue = IssueToken(
@@ -123,6 +139,7 @@ class Rig:
             stepped(self.identify.alive),
             last,
             stepped(self.open_grant),
+            stepped(self.check_password),
         )
         self.refresh = RefreshToken(
             ISSUER,

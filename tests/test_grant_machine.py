@@ -206,7 +206,7 @@ class GrantMachine(RuleBasedStateMachine):
         assert client is not None
         kind = GrantType.TOKEN_EXCHANGE
         try:
-            return await self.rig.open_grant(moment, client, origin, TARGET, kind)
+            return await self.rig.open_grant(moment, client, origin, TARGET, kind, "")
         except AuthError as error:
             return error.reason
 

@@ -9,9 +9,10 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, is_dataclass
-from itertools import chain, cycle
+from itertools import chain, count, cycle
 from pathlib import Path
 from typing import Any, Final
+from unicodedata import normalize
 
 import asyncpg
 import grpc
@@ -28,14 +29,19 @@ from google.protobuf.message import Message
 from pydantic import SecretStr
 from sqlalchemy.engine import make_url
 
+from authsvc.config import Grants
 from authsvc.errors import AuthError
-from authsvc.keys.secrets import Sealer, new_seal_key, new_secret
+from authsvc.keys.secrets import Sealer, digest, new_seal_key, new_secret
 from authsvc.model import AuthMethod
 from authsvc.telemetry import configure_logs
-from authsvc_client.v1 import auth_pb2, clients_pb2
+from authsvc_client.v1 import auth_pb2, clients_pb2, users_pb2
 from tests import credentials
-from tests.credentials import PLACES, Desk, Scene, Way
-from tests.harness import ADMIN, SERVER, Running, hand_clock, migrate, outcome, running
+from tests.credentials import PLACES, SERVICES, Desk, Way
+from tests.credentials_of_people import PEOPLE, people_at
+from tests.harness import ADMIN, ISSUER, SERVER, Running, hand_clock, migrate, outcome, running
+from tests.people import NEW_PASSWORD, self_service
+from tests.people import PASSWORD as USER_PASSWORD
+from tests.probe import ProbeError, Scene, sql
 from tests.servers import Postgres
 
 SHORTEST: Final = 16
@@ -71,6 +77,9 @@ def forms(secret: str) -> set[bytes]:
     elif secret.count(".") in (2, 4):
         _, *parts = secret.split(".")
         found |= {part.encode() for part in parts}
+    else:  # a password, as it is sent, hashed and logged
+        for text in (secret, normalize("NFC", secret)):
+            found |= {*spellings(text.encode()), json.dumps(text)[1:-1].encode()}
     return {form for form in found if len(form) >= SHORTEST}
 
 
@@ -84,11 +93,16 @@ def forms_of_key(key: ec.EllipticCurvePrivateKey) -> set[bytes]:
 
 def leaks(secrets: dict[str, set[bytes]], places: dict[str, bytes]) -> set[tuple[str, str]]:
     """Which secret is in which place."""
+    named: dict[bytes, set[str]] = {}
+    for name, written in secrets.items():
+        for form in written:
+            named.setdefault(form, set()).add(name)
     return {
         (name, place)
         for place, content in places.items()
-        for name, written in secrets.items()
-        if any(form in content for form in written)
+        for form, names in named.items()
+        if form in content
+        for name in names
     }
 
 
@@ -208,6 +222,7 @@ class Run:
 
     server: Running
     scene: Scene
+    people: Scene
     seen: Seen
     url: str
     log: Path
@@ -222,6 +237,13 @@ class Run:
         texts = self.seen.places.items()
         told = {place: "\n".join(found).encode() for place, found in texts}
         return told | {"logs": self.log.read_bytes()}
+
+    def own_log(self) -> bytes:
+        """Without what the driver of SQLite says at debug: every row that it writes."""
+        lines = self.log.read_bytes().splitlines()
+        return b"\n".join(
+            line for line in lines if not line.startswith((b"executing", b"operation"))
+        )
 
     async def _database(self) -> bytes:
         """Every byte of the files, but for the server's key; of PostgreSQL all rows as text."""
@@ -241,8 +263,7 @@ class Run:
         """By hand; in another database of the same PostgreSQL."""
         if not self.url:
             directory = self.server.app._settings.state_dir
-            await asyncio.to_thread(credentials.sql, directory, *statements)
-            return []
+            return await asyncio.to_thread(sql, directory, *statements)
         url = make_url(self.url).set(drivername="postgresql")
         url = url.set(database=database) if database else url
         connection = await asyncpg.connect(url.render_as_string(hide_password=False))
@@ -273,7 +294,7 @@ async def run(
         url = (await postgres.database()).replace("///", f"//postgres:{PASSWORD}@/")
         await migrate(url)
     (tmp_path / "state").mkdir()
-    seen, settings = Seen(), dict[str, Any]()
+    seen, settings = Seen(), dict[str, Any](grants=Grants(password=True))
     seen.secrets["password of the database"] = {PASSWORD.encode()}
     for name in ("seal_keys", "refresh_keys"):
         key = new_seal_key()
@@ -302,7 +323,8 @@ async def run(
     with logged(log := tmp_path / "log"):
         async with running(tmp_path / "state", tls_only=True, **settings, **where) as server:
             seen.add("reprs", repr(server.app._settings))
-            yield Run(server, await credentials.equip(server), seen, url, log)
+            scenes = await SERVICES.equip(server), await PEOPLE.equip(server)
+            yield Run(server, *scenes, seen, url, log)
 
 
 # --- what is done ---
@@ -321,11 +343,13 @@ async def use_everything(run: Run) -> set[str]:
     scene, told = run.scene, set[str]()
     desk = Desk(run.server.channel(scene.app.who), scene.now)
     administrator, stub = run.server.auth(ADMIN), run.server.auth(scene.app.who)
-    for use in credentials.CREDENTIALS.values():
-        with suppress(credentials.ProbeError):  # without a database it cannot tell
-            told.add(await use(scene))
-    names = [name for name in (*credentials.CREDENTIALS, "root") if name in scene.held]
-    texts = [scene.held[name] for name in names]
+    texts = list[str]()
+    for probe, of in ((SERVICES, scene), (PEOPLE, run.people)):
+        for use in probe.credentials.values():
+            with suppress(ProbeError):  # without a database it cannot tell
+                told.add(await use(of))
+        names = (*probe.credentials, "root")
+        texts += [of.held[name] for name in names if name in of.held]
     texts.append(credentials.assertion(scene.app.client_id, scene.now))
     for text in chain.from_iterable(map(variants, texts)):
         way = Way(scene.app.client_id, text, token=text, refresh_token=text, method=next(METHODS))
@@ -337,6 +361,59 @@ async def use_everything(run: Run) -> set[str]:
         calls.append(stub.IssueToken(credentials.exchange_request(way.client_id, text)))
         calls.append(administrator.ValidateToken(auth_pb2.ValidateTokenRequest(token=text)))
         told.update(await asyncio.gather(*map(outcome, calls)))
+    return told | await use_passwords(run)
+
+
+WRONG: Final = "no horse of mine, sir"
+FOREIGN: Final = normalize("NFD", "Größenwahn für Anfänger")
+MISPLACED: Final = "a password where the name belongs"
+_numbers: Final = count()
+
+
+async def use_passwords(run: Run) -> set[str]:
+    """Passwords and codes, right, wrong and malformed; one after the other: each is hashed."""
+    told, at, who = set[str](), people_at(run.people), run.people.app.who
+    administrator, anybody, logins = run.server.users(), run.server.users(who), run.server.auth(who)
+
+    async def ask(call: Awaitable[Any]) -> Any:
+        answers = []
+
+        async def answer() -> None:
+            answers.append(await call)
+
+        told.add(await outcome(answer()))
+        return answers[0] if answers else None
+
+    for text in chain.from_iterable(map(variants, (USER_PASSWORD, WRONG, FOREIGN))):
+        name = f"user-{next(_numbers)}"
+        user = users_pb2.User(username=name)
+        made = None
+        for password in (text, NEW_PASSWORD):  # under one request id: one is refused
+            request = users_pb2.CreateUserRequest(user=user, password=password, request_id=name * 2)
+            made = await ask(administrator.CreateUser(request)) or made
+        names = (f"row-{name}", name, "")
+        rows = [users_pb2.ImportUsersRow(username=each, password=text) for each in names]
+        await ask(administrator.ImportUsers(users_pb2.ImportUsersRequest(rows=rows)))
+        for username, password in ((name, text), (name, f"{text}?"), (MISPLACED, text)):
+            await ask(logins.IssueToken(at.login_request(username, password)))
+        if made is None:
+            continue
+        setting = users_pb2.SetPasswordRequest(user_id=made.user.user_id, new_password=text)
+        await ask(administrator.SetPassword(setting))
+        login = await ask(logins.IssueToken(at.login_request(name, text, resources=[ISSUER])))
+        by_token = self_service(login.token.access_token if login else "x")
+        for current, password in ((WRONG, text), (text, "short"), (text, NEW_PASSWORD)):
+            own = users_pb2.SetPasswordRequest(
+                current_password=current, new_password=password, keep_session=True
+            )
+            await ask(anybody.SetPassword(own, metadata=by_token))
+        asked = users_pb2.CreatePasswordResetCodeRequest(user_id=made.user.user_id)
+        coded = await ask(administrator.CreatePasswordResetCode(asked))
+        codes = variants(coded.code) if coded else ["x"]
+        new = text if login else NEW_PASSWORD  # each code is used up
+        for code in reversed(codes if text in (USER_PASSWORD, WRONG) else codes[:1]):
+            reset = users_pb2.ResetPasswordRequest(code=code, new_password=new)
+            await ask(anybody.ResetPassword(reset))
     return told
 
 
@@ -345,11 +422,13 @@ async def test_secrets_are_found_nowhere(run: Run) -> None:
     told = await use_everything(run)
     assert "OK" in told
     assert told.isdisjoint({"INTERNAL", "UNKNOWN", "STORE_UNAVAILABLE"})
+    assert told >= {"INVALID_GRANT", "PASSWORD_NOT_ACCEPTED", "REQUEST_ID_REUSED"}
     for event in ("`RotateClientSecret`", "`TaintSigningKey` of the current key"):
         for _, step in credentials.EVENTS[event]:
             await step(run.scene)
     places = await run.places()
-    tables = ("api_key", "access_token", "assertion", "initial_access_token", '"grant"')
+    hashes = await stored_of_passwords(run)
+    tables = ("api_key", "access_token", "assertion", "initial_access_token", '"grant"', '"user"')
     await run.sql(*(f"DROP TABLE {table}" for table in tables))
     assert "STORE_UNAVAILABLE" in await use_everything(run)
     if run.url:
@@ -359,6 +438,19 @@ async def test_secrets_are_found_nowhere(run: Run) -> None:
     assert len(secrets) > 50
     assert not leaks(secrets, places)
     assert not leaks(secrets, run.told())
+    ours = run.told() | {"logs": run.own_log()}
+    assert not leaks({"hash of a password": hashes}, ours)
+    shown = places | ours | {"reprs": b""}  # a name is no secret where a request shows itself
+    assert not leaks({MISPLACED: forms(MISPLACED)}, shown)
+
+
+async def stored_of_passwords(run: Run) -> set[bytes]:
+    """Hashes: nothing else is stored of a password, and of a code its SHA-256."""
+    rows = [tuple(row) for row in await run.sql('SELECT password_hash, reset_digest FROM "user"')]
+    assert {of_code for _, of_code in rows} == {None, digest(run.people.held["reset code"])}
+    hashes = {hashed for hashed, _ in rows}
+    assert all(hashed.startswith("$argon2id$v=19$m=64,t=1,p=1$") for hashed in hashes)
+    return {hashed.rpartition("$")[2].encode() for hashed in hashes}
 
 
 async def test_search_finds_what_is_planted(run: Run) -> None:
@@ -381,6 +473,29 @@ async def test_search_finds_what_is_planted(run: Run) -> None:
     assert {place for name, place in leaks(run.seen.secrets, places) if "planted" in name} == {
         *("logs", "errors", "answers", "metrics", "reprs", "database")
     }
+
+
+@pytest.mark.parametrize("plant", ["comment", "name", "log"])
+async def test_search_finds_a_password_that_is_planted(run: Run, plant: str) -> None:
+    """As a comment in the audit, as a name, and as it is hashed in a log."""
+    users, password = run.server.users(), FOREIGN
+    run.seen.secret(password, "planted")
+    name = password if plant == "name" else ""
+    user = users_pb2.User(username="grace", display_name=name)
+    made = await users.CreateUser(users_pb2.CreateUserRequest(user=user, password=password))
+    comment = password if plant == "comment" else ""
+    request = users_pb2.DisableUserRequest(user_id=made.user.user_id, comment=comment)
+    await users.DisableUser(request)
+    if plant == "log":
+        structlog.get_logger().debug("planted", value=normalize("NFC", password))
+    places = await run.places() | {"logs": run.own_log()}
+    told = {
+        "comment": {"database", "reprs"},
+        "name": {"database", "reprs", "answers"},
+        "log": {"logs"},
+    }
+    found = leaks(run.seen.secrets, places)
+    assert {place for name, place in found if "planted" in name} == told[plant]
 
 
 @pytest.mark.parametrize("form", range(7))

@@ -15,12 +15,15 @@ from pydantic import SecretStr
 from sqlalchemy.engine import make_url
 
 from authsvc import pki
+from authsvc.acting import by_itself
 from authsvc.api_keys import ApiKeys
+from authsvc.audit import Audit
 from authsvc.authenticate import Authenticate
 from authsvc.clients import Clients, InitialAccessTokens, OwnClient
 from authsvc.clock import Clock, SystemClock
 from authsvc.config import Settings, parse_keys
 from authsvc.errors import AuthError
+from authsvc.explain import ExplainToken
 from authsvc.feed.append import Append
 from authsvc.feed.compact import Compact, sweep
 from authsvc.feed.follow import Follow
@@ -29,20 +32,26 @@ from authsvc.housekeeping import Housekeeping
 from authsvc.http.probes import HttpServer, probes
 from authsvc.identify import Identify
 from authsvc.issue import IssueToken
+from authsvc.keys.passwords import Passwords
 from authsvc.keys.refresh import RefreshKeys
 from authsvc.keys.ring import KeyRing
 from authsvc.keys.secrets import Sealer, jitter, new_seal_key
 from authsvc.mint import GrantLife, Mint, OpenGrant
 from authsvc.model import NOBODY, AuthMethod, Client, GrantType
 from authsvc.oauth.registration import RegistrationPolicy, as_of
+from authsvc.passwords import CheckPassword
+from authsvc.permissions import Permissions
 from authsvc.refresh import RefreshToken
 from authsvc.register import CheckMetadata, RegisterClient
 from authsvc.resources import Resources
 from authsvc.review import ReviewClient
 from authsvc.revocations import Revocations
 from authsvc.revoke import RevokeToken
+from authsvc.roles import Roles
+from authsvc.rpc.audit import AuditServicer
 from authsvc.rpc.auth import AuthServicer
 from authsvc.rpc.clients import ClientServicer
+from authsvc.rpc.explain import ExplainServicer
 from authsvc.rpc.keys import KeyServicer
 from authsvc.rpc.paging import Pages
 from authsvc.rpc.peer import Peers
@@ -51,9 +60,11 @@ from authsvc.rpc.policy import Policy
 from authsvc.rpc.registered import ClientEncoder
 from authsvc.rpc.resources import ResourceServicer
 from authsvc.rpc.revocations import RevocationServicer
+from authsvc.rpc.roles import RoleServicer
 from authsvc.rpc.server import Listener, RpcServer
 from authsvc.rpc.sessions import SessionServicer
 from authsvc.rpc.tls import ServerTls
+from authsvc.rpc.users import UserServicer
 from authsvc.sessions import Sessions
 from authsvc.store import sql_store
 from authsvc.store.cached import CachedCatalog, CachedClients
@@ -62,6 +73,7 @@ from authsvc.store.port import SWEPT, Store
 from authsvc.store.sql import Database
 from authsvc.tasks import Tasks
 from authsvc.telemetry import Metrics
+from authsvc.users import UserPasswords, Users
 from authsvc.validate import ValidateToken
 from authsvc_client.core.judge import Judge
 from authsvc_client.core.markers import Marker, MarkerKind
@@ -215,11 +227,12 @@ class App:
         )
         clients, self._catalog = CachedClients(store.clients), CachedCatalog(store.resources)
         catalog = self._catalog
+        permissions = Permissions(store.roles, state, self._reach)
         self.follow = follow = Follow(
             store.feed,
             state,
             clock,
-            listeners=(clients.changed, catalog.changed, self._reload),
+            listeners=(clients.changed, catalog.changed, permissions.changed, self._reload),
             synchronous=settings.database.synchronous,
         )
         judge = Judge(issuer, state)
@@ -235,7 +248,7 @@ class App:
             state,
             clock,
         )
-        mint = Mint(issuer, ring, store.tokens, state, clock)
+        mint = Mint(issuer, ring, store.tokens, permissions, state, clock)
         life = GrantLife(settings.grants.lifetime_days * DAY_S, settings.grants.idle_days * DAY_S)
         refresh_keys = prepared.refresh_keys
         self._resources = resources = Resources(
@@ -259,7 +272,10 @@ class App:
             return as_of(client, now(), registration.pending_s)
 
         registered = Clients(store.clients, check, follow.reach, as_of_now, now)
+        self._passwords = passwords = Passwords(**settings.passwords.model_dump())
+        check_password = CheckPassword(store.users, store.failures, passwords)
         client_pb = ClientEncoder(registration, as_of_now)
+        validate = ValidateToken(identify, permissions, follow, state)
         servicers = {
             "AuthService": AuthServicer(
                 issue=IssueToken(
@@ -268,7 +284,8 @@ class App:
                     catalog,
                     identify.alive,
                     mint,
-                    OpenGrant(store.grants, refresh_keys, life),
+                    OpenGrant(store.grants, store.sessions, refresh_keys, life),
+                    check_password if settings.grants.password else None,
                 ),
                 refresh=RefreshToken(
                     issuer,
@@ -280,7 +297,7 @@ class App:
                     follow.reach,
                     mint,
                 ),
-                validate=ValidateToken(identify, follow, state),
+                validate=validate,
                 revoke=RevokeToken(
                     identify.alive, refresh_keys, store.grants, append, follow.reach
                 ),
@@ -310,11 +327,45 @@ class App:
                 registration.pending_s,
             ),
             "ResourceService": ResourceServicer(resources, pages),
+            "UserService": UserServicer(
+                Users(store.users, passwords, follow.reach),
+                UserPasswords(
+                    store.users,
+                    store.failures,
+                    passwords,
+                    check_password,
+                    follow.reach,
+                    lambda: state.revision,
+                ),
+                pages,
+            ),
+            "RoleService": RoleServicer(Roles(store.roles, follow.reach), pages),
             "KeyService": KeyServicer(ring, follow.reach, pages),
             "RevocationService": RevocationServicer(
-                Revocations(store.revocations, store.clients.get, append, follow.reach)
+                Revocations(
+                    store.revocations, store.clients.get, store.users.get, append, follow.reach
+                )
             ),
-            "SessionService": SessionServicer(Sessions(store.grants, append, follow.reach), pages),
+            "AuditService": AuditServicer(Audit(store.audit), pages),
+            "ExplainService": ExplainServicer(
+                ExplainToken(
+                    validate,
+                    identify,
+                    judge,
+                    refresh_keys,
+                    store.grants,
+                    store.tokens,
+                    store.api_keys,
+                    store.audit,
+                    clients.get,
+                    catalog,
+                    clock,
+                )
+            ),
+            "SessionService": SessionServicer(
+                Sessions(store.sessions, store.grants, store.users.get, append, follow.reach),
+                pages,
+            ),
         }
         self.housekeeping = Housekeeping(
             {
@@ -325,10 +376,13 @@ class App:
             settings.housekeeping.interval_s,
         )
         listen = settings.listen
-        main = Pipeline(Peers(lambda: tls.trust), policy, self.metrics, clock)
+        refused = store.audit.refused
+        main = Pipeline(Peers(lambda: tls.trust), policy, refused, self.metrics, clock)
         listeners = [Listener(address(listen.host, listen.port), tls.credentials(), main)]
         if listen.tls_only:
-            anonymous = Pipeline(lambda _context, _now: NOBODY, policy, self.metrics, clock)
+            anonymous = Pipeline(
+                lambda _context, _now: NOBODY, policy, refused, self.metrics, clock
+            )
             credentials = tls.credentials(client_certificates=False)
             where = address(listen.tls_host, listen.tls_port)
             listeners.append(Listener(where, credentials, anonymous))
@@ -344,6 +398,10 @@ class App:
             return self._settings.admin_ca
         cas = self._prepared.tls.pins("")
         return next(iter(cas)) if len(cas) == 1 else None
+
+    async def _reach(self, revision: int) -> None:
+        """As the follower does, for what it is made with."""
+        await self.follow.reach(revision)
 
     async def _reload(self, markers: tuple[Marker, ...]) -> None:
         """Keys and bounds of staleness follow their rows before the revision advances."""
@@ -370,8 +428,9 @@ class App:
         """Serves when it returns. Raises AuthError, or StartError where an address is taken."""
         now = self._clock.wall()
         try:
-            await self._ring.ensure()
-            await self._resources.ensure_own(now)
+            with by_itself("Start"):
+                await self._ring.ensure()
+                await self._resources.ensure_own(now)
             await self.follow.poll()
         except ValueError as error:
             await self._store.close()
@@ -398,6 +457,8 @@ class App:
         self.metrics_port = self._http.port
         self._http.start()
         self._gauges()
+        if self._settings.grants.password:
+            log.warning("grants.password_is_on", advice="RFC 9700 section 2.4: only for a while")
         self._tasks.start("feed-follow", self.follow.run)
         self._tasks.start("health", self._rpc.watch_health)
         self._tasks.start("key-rotation", self._rotate_keys)
@@ -441,6 +502,7 @@ class App:
         await self._tasks.stop()
         if self._http is not None:
             await self._http.stop()
+        await self._passwords.close()
         await self._store.close()
 
 
@@ -459,7 +521,8 @@ async def open_app(settings: Settings, clock: Clock | None = None) -> App:
                 f"the schema of the database is {found.value}:"
                 " `authsvc migrate` brings it up to date where it can"
             )
-        return App(settings, prepared, sql_store(database), clock)
+        audit_s = settings.housekeeping.audit_days * DAY_S
+        return App(settings, prepared, sql_store(database, audit_s=audit_s), clock)
     except BaseException:
         await database.close()
         raise

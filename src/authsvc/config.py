@@ -94,6 +94,11 @@ class Grants(_Section):
     idle_days: float = Field(
         7.0, gt=0, le=400, description="longest time between two uses of its refresh token, days"
     )
+    password: bool = Field(
+        False,
+        description="let first parties log people in by the password grant, which RFC 9700 advises"
+        " against",
+    )
 
 
 class Keys(_Section):
@@ -121,6 +126,20 @@ class Keys(_Section):
         if 0 < self.rotate_days * 24 < self.publish_ahead_h:
             raise ValueError("publish_ahead_h is longer than rotate_days")
         return self
+
+
+class Passwords(_Section):
+    """How passwords of people are hashed (argon2id, RFC 9106), and which are taken."""
+
+    memory_kib: int = Field(65536, ge=64, le=2**22, description="memory of one hash, KiB")
+    passes: int = Field(3, ge=1, le=100, description="passes over it")
+    threads: int = Field(
+        0, ge=0, le=256, description="hashes at once; 0: half as many as there are processors"
+    )
+    queue: int = Field(
+        32, ge=0, le=10_000, description="passwords that may wait for that; more are refused"
+    )
+    min_chars: int = Field(12, ge=8, le=64, description="least length of a new one, characters")
 
 
 class Registration(_Section):
@@ -158,6 +177,7 @@ class Housekeeping(_Section):
     interval_s: float = Field(
         60.0, ge=1, le=3600, description="time between two runs of its chores, seconds"
     )
+    audit_days: float = Field(400.0, ge=1, le=36500, description="how long the audit is kept, days")
 
 
 class Listen(_Section):
@@ -231,6 +251,7 @@ class Settings(BaseSettings):
     database: Database = Database()
     tls: Tls = Tls()
     grants: Grants = Grants()
+    passwords: Passwords = Passwords()
     registration: Registration = Registration()
     keys: Keys = Keys()
     housekeeping: Housekeeping = Housekeeping()

@@ -139,6 +139,13 @@ class Identify:
         known = await self._find(token) if _is_stored(token) else None
         return self._judge.identify(token, self._clock.boot(), known)
 
+    async def stored(self, token: str) -> Verified | None:
+        """What is stored of a token, be it dead; None of what is not, as of a JWT.
+
+        Raises as `__call__`.
+        """
+        return await self._find(token) if _is_stored(token) else None
+
     async def api_key(self, token: str) -> tuple[ApiKey, Client] | None:
         """A living API key and its client, whatever the client's state. Raises as `__call__`."""
         if not is_secret(token, API_KEY_PREFIX):

@@ -2,17 +2,20 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from authsvc.authenticate import Authenticate, Credentials
 from authsvc.errors import AuthError, Reason, not_implemented
 from authsvc.grants import GRANTS
-from authsvc.grants.proof import Exchange, Presented, Proof
+from authsvc.grants.proof import Exchange, Password, Presented, Proof
 from authsvc.grants.token_exchange import ACCESS_TOKEN_TYPE, REFRESH_TOKEN_TYPE
 from authsvc.mint import Mint, Moment, OpenGrant, TokenAnswer
-from authsvc.model import Catalog, Client, GrantType, Peer
+from authsvc.model import Catalog, Client, GrantType, Origin, Peer
 from authsvc.oauth.policy import require_grant, require_let_in, validated_by
 from authsvc.oauth.resources import Target, pick
 from authsvc.oauth.scopes import narrow
+from authsvc.passwords import CheckPassword
+from authsvc.store.port import PasswordRecord
 from authsvc_client.core.judge import Verified
 
 
@@ -25,6 +28,9 @@ class TokenRequest:
     scopes: tuple[str, ...] = ()
     resources: tuple[str, ...] = ()
     exchange: Exchange | None = None
+    password: Password | None = None
+    address: str = ""
+    """Network address of the peer."""
 
 
 class IssueToken:
@@ -38,14 +44,19 @@ class IssueToken:
         alive: Callable[[str], Awaitable[Verified | None]],
         mint: Mint,
         open_grant: OpenGrant,
+        check_password: CheckPassword | None,
     ) -> None:
-        """`alive` finds an access token of ours that is alive now, whoever presents it."""
+        """`alive` finds an access token of ours that is alive now, whoever presents it.
+
+        Without `check_password` no client is let in by the password grant.
+        """
         self._issuer = issuer
         self._authenticate = authenticate
         self._catalog = catalog
         self._alive = alive
         self._mint = mint
         self._open_grant = open_grant
+        self._check_password = check_password
 
     async def __call__(self, request: TokenRequest, peer: Peer) -> TokenAnswer:
         """Raises AuthError with the reasons of the contract, and StateStale."""
@@ -57,6 +68,12 @@ class IssueToken:
         client = who.client
         require_let_in(client, moment.now)
         require_grant(client, request.grant_type)
+        if request.grant_type is GrantType.PASSWORD and self._check_password is None:
+            raise AuthError(
+                Reason.GRANT_TYPE_NOT_ALLOWED,
+                "switched off by the setting grants.password",
+                metadata={"grant_type": "PASSWORD"},
+            )
         wants_refresh_token = _wants_refresh_token(request)
         if wants_refresh_token:
             require_grant(client, GrantType.REFRESH_TOKEN)
@@ -67,14 +84,29 @@ class IssueToken:
                 peer.thumbprint,
                 validated_by(client, catalog),
                 self._alive,
+                moment.now,
                 request.exchange,
+                partial(self._check, request, peer),
             )
         )
         most = who.scopes if proof.scopes is None else who.scopes & proof.scopes
         scopes = narrow(request.scopes, most, catalog)
-        target = pick(request.resources, scopes, bool(request.scopes), catalog, self._issuer)
+        target = pick(
+            request.resources,
+            scopes,
+            bool(request.scopes),
+            catalog,
+            self._issuer,
+            frozenset({self._issuer}) if _may_speak_to_authsvc(client, proof) else frozenset(),
+        )
         if wants_refresh_token:
-            return await self._granted(moment, client, proof, target, request.grant_type)
+            return await self._granted(
+                moment, client, proof, target, request.grant_type, request.address
+            )
+        if proof.password_version is not None:
+            return await self._logged_in(
+                moment, client, peer, request, proof.origin, target, proof.password_version
+            )
         origin, expires = proof.origin, proof.expires
         if who.api_key is not None:
             if not origin.root_jti:
@@ -93,6 +125,33 @@ class IssueToken:
             return answer
         return replace(answer, issued_token_type=ACCESS_TOKEN_TYPE)
 
+    async def _logged_in(
+        self,
+        moment: Moment,
+        client: Client,
+        peer: Peer,
+        request: TokenRequest,
+        origin: Origin,
+        target: Target,
+        password_version: int,
+    ) -> TokenAnswer:
+        """Written last: what could not be minted leaves no session behind."""
+        login = self._open_grant.login(
+            moment, client, origin, target, request.grant_type, request.address
+        )
+        answer = await self._mint(
+            moment, client, peer, login.origin, target, expires=login.grant.expire_time
+        )
+        refresh_token = await self._open_grant.open(login, client, password_version)
+        self._mint.end(moment)
+        return replace(answer, refresh_token=refresh_token)
+
+    async def _check(self, request: TokenRequest, peer: Peer) -> PasswordRecord:
+        assert self._check_password is not None
+        assert request.password is not None
+        told = request.password
+        return await self._check_password(told.username, told.password, peer, request.address)
+
     async def _granted(
         self,
         moment: Moment,
@@ -100,12 +159,13 @@ class IssueToken:
         proof: Proof,
         target: Target,
         grant_type: GrantType,
+        address: str,
     ) -> TokenAnswer:
         """A refresh token alone (RFC 8693 section 2.2.1), for what is not past its end."""
         if proof.expires <= moment.now:
             raise AuthError(Reason.INVALID_GRANT, cause="the subject token is past its end")
         refresh_token, expires = await self._open_grant(
-            moment, client, proof.origin, target, grant_type
+            moment, client, proof.origin, target, grant_type, address
         )
         self._mint.end(moment)
         return TokenAnswer(
@@ -118,6 +178,11 @@ class IssueToken:
             refresh_token=refresh_token,
             issued_token_type=REFRESH_TOKEN_TYPE,
         )
+
+
+def _may_speak_to_authsvc(client: Client, proof: Proof) -> bool:
+    """A person may, for itself, at a first party: no scope is needed for that, and none is had."""
+    return client.metadata.first_party and proof.origin.auth_time is not None
 
 
 def _wants_refresh_token(request: TokenRequest) -> bool:

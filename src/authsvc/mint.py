@@ -1,7 +1,8 @@
 """Making tokens: access tokens in the form that their resource can read, and grants."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import structlog
@@ -18,10 +19,11 @@ from authsvc.keys.secrets import (
     new_id,
     new_secret,
 )
-from authsvc.model import Client, Grant, GrantType, Origin, Peer, TokenFormat
-from authsvc.oauth.claims import access_token_claims
+from authsvc.model import Client, Grant, GrantType, Origin, Peer, Session, TokenFormat
+from authsvc.oauth.claims import Frozen, access_token_claims
 from authsvc.oauth.resources import Target
-from authsvc.store.port import GrantStore, StoredToken, TokenStore
+from authsvc.store.port import GrantStore, SessionStore, StoredToken, TokenStore
+from authsvc_client.core.jws import TOKEN_CHARS_MAX
 from authsvc_client.core.markers import SKEW_S
 from authsvc_client.core.state import State
 
@@ -66,11 +68,19 @@ class Mint:
     """Makes access tokens."""
 
     def __init__(
-        self, issuer: str, ring: KeyRing, tokens: TokenStore, state: State, clock: Clock
+        self,
+        issuer: str,
+        ring: KeyRing,
+        tokens: TokenStore,
+        permissions: Callable[[str, str], Awaitable[Frozen]],
+        state: State,
+        clock: Clock,
     ) -> None:
+        """`permissions` answers those of a subject on an audience, for tokens that freeze them."""
         self._issuer = issuer
         self._ring = ring
         self._tokens = tokens
+        self._permissions = permissions
         self._state = state
         self._clock = clock
 
@@ -111,6 +121,9 @@ class Mint:
         end = int(min(now + target.lifetime_s, expires, client.approval_expire_time or math.inf))
         if end <= now:
             raise AuthError(Reason.INVALID_GRANT, cause="nothing is left of its life")
+        frozen = None
+        if target.freeze_permissions:
+            frozen = await self._permissions(origin.subject, target.audiences[0])
         jti = new_id()
         claims = access_token_claims(
             issuer=self._issuer,
@@ -122,6 +135,7 @@ class Mint:
             expires=end,
             revision=moment.revision if revision is None else min(revision, moment.revision),
             thumbprint=peer.thumbprint if bound else "",
+            permissions=frozen,
         )
         if target.token_format is TokenFormat.OPAQUE:
             token, kid = new_secret(ACCESS_TOKEN_PREFIX), ""
@@ -130,6 +144,8 @@ class Mint:
             token, kid = signer.sign(claims), signer.kid
         if target.token_format is TokenFormat.JWE:
             token = _encrypter(target.encryption_jwk).encrypt(token)
+        if len(token) > TOKEN_CHARS_MAX:
+            raise AuthError(Reason.INVALID_TARGET, "its permissions do not fit into a token")
         if target.token_format is not TokenFormat.JWT:
             await self._tokens.add(StoredToken(digest(token), kid, claims, float(end)))
         self.end(moment)
@@ -152,22 +168,101 @@ class GrantLife:
     """Without a use of the refresh token."""
 
 
+@dataclass(frozen=True, slots=True)
+class Login:
+    """A person's session, and the grant of a client in it, before they are written."""
+
+    session: Session
+    grant: Grant
+
+    @property
+    def origin(self) -> Origin:
+        """Of the tokens in it."""
+        return replace(self.grant.origin, grant_id=self.grant.grant_id)
+
+
 class OpenGrant:
     """Opens grants."""
 
-    def __init__(self, store: GrantStore, keys: RefreshKeys, life: GrantLife) -> None:
+    def __init__(
+        self, store: GrantStore, sessions: SessionStore, keys: RefreshKeys, life: GrantLife
+    ) -> None:
         self._store = store
+        self._sessions = sessions
         self._keys = keys
         self._life = life
 
     async def __call__(
-        self, moment: Moment, client: Client, origin: Origin, target: Target, grant_type: GrantType
+        self,
+        moment: Moment,
+        client: Client,
+        origin: Origin,
+        target: Target,
+        grant_type: GrantType,
+        address: str,
     ) -> tuple[str, float]:
         """The first refresh token of a confidential client's grant, and the end of the grant.
 
         Raises AuthError INVALID_GRANT where what it comes from died meanwhile.
         """
-        grant = Grant(
+        grant = self._grant(moment, client, origin, target, grant_type, address)
+        if not await self._store.add(grant):
+            raise AuthError(Reason.INVALID_GRANT, cause="what it was exchanged from is dead")
+        log.info("grant.opened", grant=grant.grant_id, client=client.client_id)
+        return self._refresh_token(grant), grant.expire_time
+
+    def login(
+        self,
+        moment: Moment,
+        client: Client,
+        origin: Origin,
+        target: Target,
+        grant_type: GrantType,
+        address: str,
+    ) -> Login:
+        """A session of a person, and the grant in it; both end with the access token where no
+        refresh token keeps them going.
+        """
+        life_s = self._life.most_s if _refreshes(client) else float(target.lifetime_s)
+        origin = replace(origin, session_id=new_id())
+        grant = self._grant(moment, client, origin, target, grant_type, address, life_s)
+        session = Session(
+            session_id=origin.session_id,
+            user_id=origin.subject,
+            rev=moment.revision,
+            address=address,
+            create_time=moment.now,
+            auth_time=moment.now,
+            expire_time=grant.expire_time,
+            acr=origin.acr,
+            amr=origin.amr,
+        )
+        return Login(session, grant)
+
+    async def open(self, login: Login, client: Client, password_version: int) -> str:
+        """Writes a login; answers the refresh token of a client that is registered for one.
+
+        Raises AuthError INVALID_GRANT where the person was stopped, or changed its password,
+        meanwhile.
+        """
+        session, grant = login.session, login.grant
+        if not await self._sessions.open(session, grant, password_version):
+            raise AuthError(Reason.INVALID_GRANT, cause="the user changed meanwhile")
+        log.info("session.opened", session=session.session_id, client=grant.client_id)
+        return self._refresh_token(grant) if _refreshes(client) else ""
+
+    def _grant(
+        self,
+        moment: Moment,
+        client: Client,
+        origin: Origin,
+        target: Target,
+        grant_type: GrantType,
+        address: str,
+        life_s: float | None = None,
+    ) -> Grant:
+        life_s = self._life.most_s if life_s is None else life_s
+        return Grant(
             grant_id=new_id(),
             client_id=client.client_id,
             origin=origin,
@@ -180,9 +275,13 @@ class OpenGrant:
             key_id=self._keys.current,
             create_time=moment.now,
             idle_expire_time=moment.now + self._life.idle_s,
-            expire_time=moment.now + self._life.most_s,
+            expire_time=moment.now + life_s,
+            address=address,
         )
-        if not await self._store.add(grant):
-            raise AuthError(Reason.INVALID_GRANT, cause="what it was exchanged from is dead")
-        log.info("grant.opened", grant=grant.grant_id, client=client.client_id)
-        return self._keys.mint(grant.handle, grant.generation, grant.key_id), grant.expire_time
+
+    def _refresh_token(self, grant: Grant) -> str:
+        return self._keys.mint(grant.handle, grant.generation, grant.key_id)
+
+
+def _refreshes(client: Client) -> bool:
+    return GrantType.REFRESH_TOKEN in client.metadata.grant_types

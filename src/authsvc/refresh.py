@@ -109,8 +109,10 @@ class RefreshToken:
         owned = {s for s in grant.scopes if catalog.owner_of_scope.get(s) in grant.audiences}
         scopes = narrow(request.scopes, registered & owned, catalog)
         owners = {catalog.owner_of_scope[scope] for scope in scopes}
-        resources = request.resources or [a for a in grant.audiences if a in owners]
-        return pick(resources, scopes, bool(request.scopes), catalog, self._issuer)
+        is_login = grant.grant_type is GrantType.PASSWORD
+        bare = frozenset({self._issuer}) if is_login else frozenset()
+        resources = request.resources or [a for a in grant.audiences if a in owners | bare]
+        return pick(resources, scopes, bool(request.scopes), catalog, self._issuer, bare)
 
     def _successor(self, grant: Grant) -> str:
         try:

@@ -67,6 +67,7 @@ class Registration:
     contacts: tuple[str, ...]
     jwks: str = ""
     may_act: str = ""
+    first_party: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +298,7 @@ def _with_defaults(asked: Registration, identity: CertificateIdentity | None) ->
         contacts=asked.contacts,
         jwks=asked.jwks,
         may_act=asked.may_act,
+        first_party=asked.first_party,
     )
 
 

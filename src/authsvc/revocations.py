@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import structlog
 
 from authsvc.errors import AuthError, Reason
-from authsvc.model import Client
+from authsvc.model import Client, User
 from authsvc.store.port import Change, Impact, RevocationStore, change
 from authsvc_client.core.markers import MarkerKind
 
@@ -39,11 +39,13 @@ class Revocations:
         self,
         store: RevocationStore,
         client: Callable[[str], Awaitable[Client | None]],
+        user: Callable[[str], Awaitable[User | None]],
         append: Callable[[Sequence[Change]], Awaitable[int]],
         reach: Callable[[int], Awaitable[None]],
     ) -> None:
         self._store = store
         self._client = client
+        self._user = user
         self._append = append
         self._reach = reach
 
@@ -80,7 +82,7 @@ class Revocations:
             raise AuthError(Reason.CLIENT_NOT_FOUND)
 
     async def _require_subject(self, subject: str) -> None:
-        if await self._client(subject) is None:
+        if await self._user(subject) is None and await self._client(subject) is None:
             raise AuthError(Reason.SUBJECT_NOT_FOUND)
 
     async def _mark(self, mark: Change, order: Order) -> Made:

@@ -1,12 +1,17 @@
 """ValidateToken: judge by the state at hand, or by one as fresh as is asked for."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from authsvc.errors import AuthError, Reason
+from authsvc.errors import AuthError, FieldViolation, Reason
 from authsvc.identify import Identify
+from authsvc.model import ANY_AUDIENCE
+from authsvc.permissions import Held, Permissions
+from authsvc_client.core.claims import Claims
 from authsvc_client.core.judge import Question, Verdict
 from authsvc_client.core.state import State
 
+TRIES = 8
+"""How often permissions are looked for that change while they are read."""
 WAITERS_MAX = 64
 """Calls that may wait for a key at once; the next one is judged as things stand."""
 
@@ -21,22 +26,40 @@ class Poll(Protocol):
         """Waits for a poll that begins now; AuthError STORE_UNAVAILABLE where it fails."""
 
 
+class Answer(NamedTuple):
+    """A verdict, and the live permissions by which it was made, where they were asked for."""
+
+    verdict: Verdict
+    permissions: Held | None = None
+
+
 class ValidateToken:
     """Judges access tokens of every form."""
 
-    def __init__(self, identify: Identify, follow: Poll, state: State) -> None:
+    def __init__(
+        self, identify: Identify, permissions: Permissions, follow: Poll, state: State
+    ) -> None:
         self._identify = identify
+        self._permissions = permissions
         self._follow = follow
         self._state = state
         self._waiters = 0
 
     async def __call__(
-        self, token: str, question: Question, *, at_least: int = 0, strong: bool = False
-    ) -> Verdict:
-        """By a state at or above the revision `at_least`, and with `strong` one of after the call.
+        self,
+        token: str,
+        question: Question,
+        *,
+        at_least: int = 0,
+        strong: bool = False,
+        full: bool = False,
+    ) -> Answer:
+        """By a state at or above the revision `at_least`, and with `strong` one of after the call;
+        `full` with all the permissions of its subject on the audience.
 
-        Raises StateStale where no answer is safe, AuthError REVISION_UNKNOWN, and STORE_UNAVAILABLE
-        where that needs the database; a JWT and the state at hand do not.
+        Raises StateStale where no answer is safe, AuthError REVISION_UNKNOWN, FIELD_INVALID where
+        permissions are asked for without saying of which audience, and STORE_UNAVAILABLE where that
+        needs the database; a JWT and the state at hand do not.
         """
         if strong or at_least > self._state.revision:
             await self._follow.fresh()
@@ -52,4 +75,39 @@ class ValidateToken:
             finally:
                 self._waiters -= 1
             verdict = await self._identify(token, question)
-        return verdict
+        if verdict.active and (full or question.permissions):
+            return await self._with_permissions(token, question, verdict)
+        return Answer(verdict)
+
+    async def _with_permissions(self, token: str, question: Question, verdict: Verdict) -> Answer:
+        """Verdict and permissions of one moment: nothing is awaited between the two."""
+        for _ in range(TRIES):
+            claims = verdict.claims
+            if not verdict.active or claims is None:
+                return Answer(verdict)
+            audience = _audience(question, claims)
+            held = self._permissions.at_hand(claims.subject, audience)
+            if held is not None:
+                missing = question.permissions - held.names
+                if missing:
+                    verdict.reason = Reason.INSUFFICIENT_PERMISSIONS
+                    verdict.missing_permissions = missing
+                return Answer(verdict, held)
+            await self._permissions(claims.subject, audience)
+            verdict = await self._identify(token, question)
+        raise AuthError(
+            Reason.STORE_UNAVAILABLE, retry_after_s=1.0, cause="permissions change all the time"
+        )
+
+
+def _audience(question: Question, claims: Claims) -> str:
+    """Whose permissions are meant: the expected one, or the only one that the asker may see."""
+    if question.audience:
+        return question.audience
+    every = ANY_AUDIENCE in question.audiences
+    found = [each for each in claims.audiences if every or each in question.audiences]
+    if len(found) != 1:
+        text = "is required: the token has several"
+        violation = FieldViolation("audience", text)
+        raise AuthError(Reason.FIELD_INVALID, f"audience {text}", violations=(violation,))
+    return found[0]

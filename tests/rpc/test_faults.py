@@ -17,8 +17,10 @@ from structlog.testing import capture_logs
 from authsvc.errors import AuthError, Reason
 from authsvc.feed.watch import Event
 from authsvc.identify import Identify
+from authsvc.rpc.audit import AuditServicer
 from authsvc.rpc.auth import AuthServicer
 from authsvc.rpc.clients import ClientServicer
+from authsvc.rpc.explain import ExplainServicer
 from authsvc.rpc.keys import KeyServicer
 from authsvc.rpc.paging import Pages
 from authsvc.rpc.peer import Peers
@@ -26,9 +28,11 @@ from authsvc.rpc.pipeline import Pipeline
 from authsvc.rpc.policy import Policy
 from authsvc.rpc.resources import ResourceServicer
 from authsvc.rpc.revocations import RevocationServicer
+from authsvc.rpc.roles import RoleServicer
 from authsvc.rpc.server import Listener, RpcServer
 from authsvc.rpc.sessions import SessionServicer
 from authsvc.rpc.tls import ServerTls
+from authsvc.rpc.users import UserServicer
 from authsvc.store import sql_store
 from authsvc.store.cached import CachedCatalog, CachedClients
 from authsvc.store.sql import Database
@@ -36,6 +40,7 @@ from authsvc.telemetry import Metrics
 from authsvc_client.core.judge import Judge
 from authsvc_client.core.state import State
 from authsvc_client.v1 import auth_pb2
+from authsvc_client.v1.users_pb2_grpc import UserServiceStub
 from tests.harness import (
     ADMIN,
     CA,
@@ -111,7 +116,7 @@ async def broken(directory: Path, error: BaseException, **verbs: Any) -> AsyncIt
     names = AuthServicer.__init__.__annotations__.keys() - {"return", "metrics"}
     given: dict[str, Any] = dict.fromkeys(names, fails) | verbs
     pages = Pages(anything)
-    pipeline = Pipeline(Peers(lambda: tls.trust), policy, metrics, clock)
+    pipeline = Pipeline(Peers(lambda: tls.trust), policy, store.audit.refused, metrics, clock)
     server = RpcServer(
         [Listener("127.0.0.1:0", tls.credentials(), pipeline)],
         {
@@ -121,6 +126,10 @@ async def broken(directory: Path, error: BaseException, **verbs: Any) -> AsyncIt
             "KeyService": KeyServicer(anything, anything, pages),
             "RevocationService": RevocationServicer(anything),
             "SessionService": SessionServicer(anything, pages),
+            "RoleService": RoleServicer(anything, pages),
+            "UserService": UserServicer(anything, anything, pages),
+            "AuditService": AuditServicer(anything, pages),
+            "ExplainService": ExplainServicer(anything),
         },
         state,
         clock,
@@ -188,7 +197,36 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "RevokeEverything": {},
     "ListGrants": {},
     "EndGrant": {"grant_id": "x"},
+    "CreateRole": {"role": {"role_id": "x"}},
+    "GetRole": {"role_id": "x"},
+    "ListRoles": {},
+    "UpdateRole": {"role": {"role_id": "x"}, "update_mask": {"paths": ["display_name"]}},
+    "DeleteRole": {"role_id": "x"},
+    "CreatePermission": {"permission": {"ref": {"resource_id": "urn:x", "name": "x"}}},
+    "ListPermissions": {},
+    "DeletePermission": {"ref": {"resource_id": "urn:x", "name": "x"}},
+    "AssignRole": {"role_assignment": {"role_id": "x", "user_id": "x"}},
+    "UnassignRole": {"role_assignment": {"role_id": "x", "user_id": "x"}},
+    "ListRoleAssignments": {},
+    "CreateUser": {"user": {"username": "x"}},
+    "GetUser": {"user_id": "x"},
+    "ListUsers": {},
+    "UpdateUser": {"user": {"user_id": "x"}, "update_mask": {"paths": ["display_name"]}},
+    "DisableUser": {"user_id": "x"},
+    "EnableUser": {"user_id": "x"},
+    "DeleteUser": {"user_id": "x"},
+    "SetPassword": {"user_id": "x", "new_password": "x"},
+    "CreatePasswordResetCode": {"user_id": "x"},
+    "ResetPassword": {"code": "x", "new_password": "x"},
+    "ImportUsers": {"rows": [{"username": "x"}]},
+    "ListSessions": {},
+    "EndSession": {"session_id": "x"},
+    "SignOutEverywhere": {"user_id": "x"},
+    "ListAuditEvents": {},
+    "ExplainToken": {"question": {"token": "x"}},
 }
+FAILING = [method for name, method in METHODS.items() if name != "ImportUsers"]
+"""Whole; the rows of an import fail singly."""
 
 
 def _request(method: MethodDescriptor) -> Message:
@@ -238,7 +276,7 @@ async def test_text_of_an_exception_goes_nowhere_but_the_log(tmp_path: Path) -> 
     )
     for error in errors:
         async with broken(tmp_path, error) as server, connect(server.port, ADMIN) as channel:
-            for method in METHODS.values():
+            for method in FAILING:
                 with capture_logs() as logs:
                     found = await _fail(channel, method)
                 assert (found.code, found.reason) == ("INTERNAL", "INTERNAL"), method.name
@@ -254,6 +292,20 @@ async def test_text_of_an_exception_goes_nowhere_but_the_log(tmp_path: Path) -> 
                     "authsvc_rpc_calls_total", {"method": method.full_name, "code": "INTERNAL"}
                 )
                 assert count == 1
+
+
+async def test_row_of_an_import_that_fails_tells_no_more(tmp_path: Path) -> None:
+    async with (
+        broken(tmp_path, RuntimeError(SECRET)) as server,
+        connect(server.port, ADMIN) as channel,
+    ):
+        with capture_logs() as logs:
+            request: Any = _request(METHODS["ImportUsers"])
+            answer = await UserServiceStub(channel).ImportUsers(request)
+        (result,) = answer.results
+        assert (result.error.code, result.error.message) == (13, "internal error")
+        assert "hunter2" not in repr(answer)
+        assert "rpc.incident" in {entry["event"] for entry in logs}
 
 
 async def test_stream_that_fails_behind_an_event_tells_no_more(tmp_path: Path) -> None:
@@ -307,7 +359,7 @@ async def test_what_is_no_fault_has_no_incident(
     tmp_path: Path, error: Exception, code: str, reason: str, metadata: dict[str, str]
 ) -> None:
     async with broken(tmp_path, error) as server, connect(server.port, ADMIN) as channel:
-        for method in METHODS.values():
+        for method in FAILING:
             with capture_logs() as logs:
                 found = await _fail(channel, method)
             assert (found.code, found.reason, found.metadata) == (code, reason, metadata)

@@ -181,13 +181,3 @@ async def test_grant_is_ended_by_two_at_once(scene: Scene) -> None:
     assert "OK" in told
     assert set(told) <= {"OK", "GRANT_NOT_FOUND"}
     assert await listed(scene.server) == []
-
-
-async def test_what_comes_with_people_is_not_there_yet(scene: Scene) -> None:
-    stub = sessions(scene.server)
-    for call in (
-        stub.ListSessions(sessions_pb2.ListSessionsRequest()),
-        stub.EndSession(sessions_pb2.EndSessionRequest(session_id="x")),
-        stub.SignOutEverywhere(sessions_pb2.SignOutEverywhereRequest(user_id="x")),
-    ):
-        assert await reason(call) == "NOT_IMPLEMENTED"

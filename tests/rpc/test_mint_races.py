@@ -5,6 +5,7 @@ counts from there; a mint that takes more than 10 s is abandoned.
 """
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ import pytest
 
 from authsvc.authenticate import Credentials
 from authsvc.errors import AuthError, Reason
-from authsvc.grants.proof import Exchange, Presented
+from authsvc.grants.proof import Exchange, Password, Presented
 from authsvc.grants.token_exchange import (
     ACCESS_TOKEN_TYPE,
     REFRESH_TOKEN_TYPE,
@@ -36,6 +37,8 @@ from authsvc.model import (
     GrantType,
     IdentityKind,
     Peer,
+    User,
+    UserState,
     Validity,
 )
 from authsvc.refresh import RefreshRequest
@@ -43,12 +46,13 @@ from authsvc.store.port import Transition, change
 from authsvc_client.core.judge import Verified
 from authsvc_client.core.markers import MarkerKind
 from tests.harness import hand_clock, migrate
-from tests.rig import API, OPAQUE, SCOPES, Rig, fresh_database
+from tests.rig import API, OPAQUE, PASSWORDS, SCOPES, Rig, fresh_database
 from tests.rpc.test_authentication import JWKS, assertion, basic
 
 KIND = MarkerKind
 FOREVER = Validity(0, 1e11)
 SHOP, CLIENT = "shop", "client"
+PASSWORD, NEW_PASSWORD = "correct horse battery", "staple of another kind"
 
 
 class Sweep:
@@ -83,6 +87,9 @@ class Cast:
     refresh_token: str = ""
     grant_id: str = ""
     kid: str = ""
+    user_id: str = field(default_factory=new_id)
+    session_id: str = ""
+    """Another session of the user."""
 
     @property
     def peer(self) -> Peer:
@@ -90,8 +97,17 @@ class Cast:
         paths = MappingProxyType({"ca": FOREVER})
         return Peer(f"x5t-{self.client_id}", name, frozenset(), "", FOREVER, paths)
 
-    async def enter(self, *, subject: bool = False, grant: bool = False) -> None:
-        """Registers them, with a token of the shop's, and a grant made from it."""
+    async def enter(
+        self,
+        *,
+        subject: bool = False,
+        grant: bool = False,
+        person: bool = False,
+        logged_in: bool = False,
+    ) -> None:
+        """Registers them, with a token of the shop's, and a grant made from it; or a user, who may
+        be logged in already.
+        """
         rig, now = self.rig, self.rig.clock.wall()
         for client_id in (self.client_id, self.shop_id):
             metadata = ClientMetadata(
@@ -102,6 +118,7 @@ class Cast:
                 CertificateIdentity(IdentityKind.SAN_URI, f"spiffe://test/{client_id}", "ca"),
                 validates=frozenset({API, OPAQUE}),
                 jwks=JWKS,
+                first_party=True,
             )
             await rig.store.clients.add(
                 Client(
@@ -115,6 +132,15 @@ class Cast:
                 )
             )
         self.kid = rig.ring.signer.kid
+        if person:
+            user = User(self.user_id, self.user_id, now, now)
+            await rig.store.users.add(user, await PASSWORDS.hash(PASSWORD))
+        if logged_in:
+            known = await by_password(self)
+            self.refresh_token = known.refresh_token
+            verified = await rig.identify.alive(known.access_token)
+            assert verified is not None
+            self.session_id, self.grant_id = verified.claims.session_id, verified.claims.grant_id
         if subject:
             shop = Credentials(self.shop_id, secret=self.secret)
             request = TokenRequest(GrantType.CLIENT_CREDENTIALS, shop, resources=(API,))
@@ -192,6 +218,24 @@ async def exchanged_to_a_grant(cast: Cast) -> TokenAnswer:
     return await cast.rig.issue(cast.exchange(mine, REFRESH_TOKEN_TYPE), cast.peer)
 
 
+async def by_password(cast: Cast) -> TokenAnswer:
+    mine = Credentials(cast.client_id, secret=cast.secret)
+    told = Password(cast.user_id, PASSWORD)
+    request = TokenRequest(GrantType.PASSWORD, mine, resources=(API,), password=told)
+    return await cast.rig.issue(request, cast.peer)
+
+
+async def by_password_opaque(cast: Cast) -> TokenAnswer:
+    mine = Credentials(cast.client_id, secret=cast.secret)
+    told = Password(cast.user_id, PASSWORD)
+    request = TokenRequest(GrantType.PASSWORD, mine, resources=(OPAQUE,), password=told)
+    return await cast.rig.issue(request, cast.peer)
+
+
+async def login_refreshed(cast: Cast) -> TokenAnswer:
+    return await refreshed(cast)
+
+
 async def refreshed(cast: Cast) -> TokenAnswer:
     mine = Credentials(cast.client_id, secret=cast.secret)
     return await cast.rig.refresh(RefreshRequest(cast.refresh_token, mine), cast.peer)
@@ -256,6 +300,34 @@ async def eleven_seconds(cast: Cast) -> None:
     cast.rig.clock.advance(MINT_S_MAX + 1)
 
 
+async def disable_and_enable(cast: Cast) -> None:
+    await cast.rig.store.users.move(cast.user_id, None, UserState.DISABLED)
+    await cast.rig.store.users.move(cast.user_id, None, UserState.ACTIVE)
+
+
+async def delete_user(cast: Cast) -> None:
+    await cast.rig.store.users.delete(cast.user_id, None)
+
+
+async def set_password(cast: Cast) -> None:
+    await cast.rig.store.users.set_password(cast.user_id, await PASSWORDS.hash(NEW_PASSWORD))
+
+
+async def set_password_in_the_other_session(cast: Cast) -> None:
+    await cast.rig.store.users.set_password(
+        cast.user_id, await PASSWORDS.hash(NEW_PASSWORD), keep_session=cast.session_id
+    )
+
+
+async def cut_off_user_at_client(cast: Cast) -> None:
+    marker = change(KIND.CUTOFF_SUBJECT_CLIENT, cast.user_id, cast.client_id)
+    await cast.rig.store.feed.append([marker])
+
+
+async def end_its_session(cast: Cast) -> None:
+    await cast.rig.store.feed.append([change(KIND.SESSION_DEAD, cast.session_id)])
+
+
 Mints = Callable[[Cast], Awaitable[TokenAnswer]]
 Happens = Callable[[Cast], Awaitable[None]]
 ALWAYS: list[Happens] = [
@@ -275,7 +347,17 @@ EVENTS: dict[Mints, list[Happens]] = {
     exchanged: OF_SHOP,
     exchanged_to_a_grant: OF_SHOP,
     refreshed: [*OF_SHOP, kill_grant, suspend],
+    by_password: [
+        disable_and_enable,
+        delete_user,
+        set_password,
+        set_password_in_the_other_session,
+        eleven_seconds,
+    ],
+    by_password_opaque: [disable_and_enable],
+    login_refreshed: [set_password, cut_off_user_at_client, end_its_session],
 }
+OF_PERSONS = (by_password, by_password_opaque, login_refreshed)
 STEPS_MIN = 6
 
 
@@ -311,7 +393,12 @@ async def survivors(
         step += 1
         cast = Cast(rig)
         is_exchange = mint in (exchanged, exchanged_to_a_grant, refreshed)
-        await cast.enter(subject=is_exchange, grant=mint is refreshed)
+        await cast.enter(
+            subject=is_exchange,
+            grant=mint is refreshed,
+            person=mint in OF_PERSONS,
+            logged_in=mint is login_refreshed or happens is set_password_in_the_other_session,
+        )
         if mint is by_api_key:
             await cast.with_api_key()
         if not warm:
@@ -332,7 +419,7 @@ async def survivors(
         await rig.follow.poll()
         if happens is eleven_seconds and answer is None:
             assert refusal is Reason.MINT_ABANDONED
-            if mint is refreshed:
+            if mint in (refreshed, login_refreshed):
                 await refreshed(cast)  # the token is as good as before
         if happens is delete_resource:
             await rig.start()  # both are there again, and what was of them is dead
@@ -397,6 +484,16 @@ class LateOpenGrant(OpenGrant):
         return await super().__call__(late, *given, **named)
 
 
+class TrustingOpenGrant(OpenGrant):
+    """Takes it that the password is still the one that was checked."""
+
+    async def open(self, login: Any, client: Any, password_version: int) -> str:
+        for version in (password_version, password_version + 1):
+            with contextlib.suppress(AuthError):
+                return await super().open(login, client, version)
+        raise AuthError(Reason.INVALID_GRANT)
+
+
 class EndlessMint(Mint):
     """A mint that is never too late."""
 
@@ -412,6 +509,8 @@ class EndlessMint(Mint):
         (exchanged, suspend_shop, {"mint": LateMint}),
         (exchanged_to_a_grant, suspend_shop, {"open_grant": LateOpenGrant}),
         (by_basic_opaque, eleven_seconds, {"mint": EndlessMint}),
+        (by_password, disable_and_enable, {"mint": LateMint}),
+        (by_password, set_password_in_the_other_session, {"open_grant": TrustingOpenGrant}),
     ],
     ids=lambda given: getattr(given, "__name__", ""),
 )
@@ -459,5 +558,5 @@ async def test_what_an_actor_token_proved_dies_with_its_key_too(
         }
         client = await rig.store.clients.get(cast.client_id)
         assert client is not None
-        presented = Presented(client, "", frozenset({API}), alive, Exchange(**tokens))
+        presented = Presented(client, "", frozenset({API}), alive, 0.0, Exchange(**tokens))
         assert set((await token_exchange(presented)).origin.key_ids) == {cast.kid, "the actor's"}

@@ -165,6 +165,7 @@ metadatas = st.builds(
     contacts=st.lists(name).map(tuple),
     jwks=words,
     may_act=words,
+    first_party=st.booleans(),
 )
 digests = st.none() | st.binary(min_size=32, max_size=32)
 moments = st.none() | st.integers(0, 2**33).map(float)
@@ -216,6 +217,7 @@ def test_client_crosses_the_wire_whole(client: Client) -> None:
     assert back.texts == metadata.texts
     assert back.contacts == metadata.contacts
     assert (back.jwks, back.may_act) == (metadata.jwks, metadata.may_act)
+    assert back.first_party is metadata.first_party
     kind = metadata.identity.kind if metadata.identity else None
     assert (back.identity_kind, back.identity_value, back.identity_ca) == (
         kind,
@@ -252,6 +254,7 @@ def _full_client() -> Client:
         ("c",),
         "{}",
         "m",
+        True,
     )
     return Client("i", metadata, ClientState.APPROVED, 1, 2, "r", 3, "v", "c", 4, 5, b"d" * 32)
 
@@ -281,6 +284,7 @@ def test_every_field_of_a_client_is_filled_in_or_left_out_on_purpose() -> None:
         "contacts",
         "jwks",
         "may_act",
+        "first_party",
     }
 
 

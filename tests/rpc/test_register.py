@@ -161,6 +161,7 @@ async def test_grants_and_methods_that_are_not_built_say_so(server: Running) -> 
     built = {
         "GRANT_TYPE_CLIENT_CREDENTIALS",
         "GRANT_TYPE_TOKEN_EXCHANGE",
+        "GRANT_TYPE_PASSWORD",
         "CLIENT_AUTH_METHOD_CLIENT_SECRET_BASIC",
         "CLIENT_AUTH_METHOD_CLIENT_SECRET_POST",
         "CLIENT_AUTH_METHOD_PRIVATE_KEY_JWT",

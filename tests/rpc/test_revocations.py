@@ -459,10 +459,10 @@ class Faulty:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store.feed, name)
 
-    async def append(self, changes: Any) -> int:
+    async def append(self, changes: Any, done: Any = ()) -> int:
         if self.failure is not None and not self.after:
             raise self.failure
-        revision = await self._store.feed.append(changes)
+        revision = await self._store.feed.append(changes, done)
         if self.failure is not None:
             raise self.failure
         return revision

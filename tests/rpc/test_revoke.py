@@ -13,7 +13,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from authsvc.errors import AuthError, Reason
-from authsvc.store.port import Change, FeedPage, Store
+from authsvc.store.port import Change, Done, FeedPage, Store
 from authsvc_client.v1 import auth_pb2, clients_pb2
 from tests.harness import (
     ADMIN,
@@ -270,13 +270,13 @@ class BrokenFeed:
         self.gate: asyncio.Event | None = None
         self.entered = 0
 
-    async def append(self, changes: Sequence[Change]) -> int:
+    async def append(self, changes: Sequence[Change], done: Done = ()) -> int:
         self.entered += 1
         if self.gate is not None:
             await self.gate.wait()
         if self.failure is not None and not self.after_commit:
             raise self.failure
-        revision = await self._feed.append(changes)
+        revision = await self._feed.append(changes, done)
         if self.failure is not None:
             raise self.failure
         return revision

@@ -122,11 +122,6 @@ async def test_views(server: Running, cast: Cast) -> None:
 @pytest.mark.parametrize(
     ("fields", "feature"),
     [
-        ({"required_permissions": ["p"]}, "required_permissions"),
-        ({"acr_values": ["gold"]}, "acr_values"),
-        ({"max_age": {"seconds": 60}}, "max_age"),
-        ({"max_age": {}}, "max_age"),
-        ({"view": auth_pb2.TOKEN_VIEW_FULL}, "view FULL"),
         ({"presenter": {"dpop": {"proof": "x"}}}, "presenter dpop"),
         ({"presenter": {"dpop": {}}}, "presenter dpop"),
     ],

@@ -80,6 +80,33 @@ BUILT = {
     "ActivateSigningKey": "FIELD_INVALID",
     "RetireSigningKey": "FIELD_INVALID",
     "TaintSigningKey": "FIELD_INVALID",
+    "CreateUser": "FIELD_INVALID",
+    "GetUser": "FIELD_INVALID",
+    "UpdateUser": "FIELD_INVALID",
+    "DisableUser": "FIELD_INVALID",
+    "EnableUser": "FIELD_INVALID",
+    "DeleteUser": "FIELD_INVALID",
+    "SetPassword": "FIELD_INVALID",
+    "CreatePasswordResetCode": "FIELD_INVALID",
+    "ResetPassword": "FIELD_INVALID",
+    "ImportUsers": "FIELD_INVALID",
+    "CreateRole": "FIELD_INVALID",
+    "GetRole": "FIELD_INVALID",
+    "UpdateRole": "FIELD_INVALID",
+    "DeleteRole": "FIELD_INVALID",
+    "CreatePermission": "FIELD_INVALID",
+    "DeletePermission": "FIELD_INVALID",
+    "AssignRole": "FIELD_INVALID",
+    "UnassignRole": "FIELD_INVALID",
+    "EndSession": "FIELD_INVALID",
+    "SignOutEverywhere": "FIELD_INVALID",
+    "ExplainToken": "FIELD_INVALID",
+    "ListUsers": "OK",
+    "ListRoles": "OK",
+    "ListPermissions": "OK",
+    "ListRoleAssignments": "OK",
+    "ListSessions": "OK",
+    "ListAuditEvents": "OK",
 }
 PUBLIC = {
     "IssueToken",
@@ -379,7 +406,7 @@ def test_method_without_a_rule_that_is_enforced_does_not_start(rule: dict[str, A
 
 def test_nearest_method_with_a_rule_starts() -> None:
     nothing: Any = None
-    pipeline = Pipeline(nothing, nothing, Metrics(), SystemClock())
+    pipeline = Pipeline(nothing, nothing, nothing, Metrics(), SystemClock())
     assert pipeline.handler(_method(public=True), object()).unary_unary
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from authsvc.grants.client_credentials import client_credentials
+from authsvc.grants.password import password
 from authsvc.grants.proof import Presented, Proof
 from authsvc.grants.token_exchange import token_exchange
 from authsvc.model import GrantType
@@ -19,5 +20,6 @@ class Grant(Protocol):
 GRANTS: Mapping[GrantType, Grant] = {
     GrantType.CLIENT_CREDENTIALS: client_credentials,
     GrantType.TOKEN_EXCHANGE: token_exchange,
+    GrantType.PASSWORD: password,
 }
 """What IssueToken can do in this version; the rest of GrantType is NOT_IMPLEMENTED."""

@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from authsvc.model import Client, Origin
+from authsvc.store.port import PasswordRecord
 from authsvc_client.core.judge import Verified
 
 
@@ -20,6 +21,14 @@ class Exchange:
 
 
 @dataclass(frozen=True, slots=True)
+class Password:
+    """What a person told the client."""
+
+    username: str
+    password: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Presented:
     """What came with a request, from an authenticated client."""
 
@@ -30,7 +39,11 @@ class Presented:
     """Whose tokens the client may validate."""
     alive: Callable[[str], Awaitable[Verified | None]]
     """An access token of ours that is alive now, whoever presents it."""
+    now: float
+    """When the request came, by the database's clock."""
     exchange: Exchange | None = None
+    check_password: Callable[[], Awaitable[PasswordRecord]] | None = None
+    """Of what a person told the client. AuthError INVALID_GRANT or RATE_LIMITED."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +55,5 @@ class Proof:
     """It has no others; None: bounded by the client's alone."""
     expires: float = math.inf
     """It ends by then, in seconds since the epoch."""
+    password_version: int | None = None
+    """A person logged in, by the password of this version."""

@@ -11,6 +11,11 @@ from authsvc.keys.secrets import REFRESH_TOKEN_PREFIX
 _form = re.compile(re.escape(REFRESH_TOKEN_PREFIX) + r"[A-Za-z0-9_-]{80}").fullmatch
 
 
+def has_form(token: str) -> bool:
+    """Whether it looks like a refresh token, whoever made it."""
+    return _form(token) is not None
+
+
 @dataclass(frozen=True, slots=True)
 class Presented:
     """What a refresh token of ours says."""
@@ -40,7 +45,7 @@ class RefreshKeys:
 
     def read(self, token: str) -> Presented | None:
         """None for what is not ours: refused before any I/O."""
-        if _form(token) is None:
+        if not has_form(token):
             return None
         raw = base64.urlsafe_b64decode(token.removeprefix(REFRESH_TOKEN_PREFIX))
         body, tag = raw[:28], raw[28:]

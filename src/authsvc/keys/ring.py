@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import structlog
 
+from authsvc.acting import by_itself
 from authsvc.errors import AuthError, Reason
 from authsvc.keys.jwt import DEFAULT_ALGORITHM, Signer, generate
 from authsvc.keys.secrets import Sealer
@@ -124,13 +125,14 @@ class KeyRing:
     async def rotate(self, now: float) -> None:
         """Does what is due at `now`, the database's time; of many workers one does it."""
         keys = await self._store.all()
-        try:
-            await self._turn(keys, now)
-        except AuthError as error:
-            if error.reason not in _OVERTAKEN:
-                raise
-        if any(key.is_over(now - self._retired_s) for key in keys):
-            await self._store.purge(self._retired_s)
+        with by_itself("RotateSigningKeys"):
+            try:
+                await self._turn(keys, now)
+            except AuthError as error:
+                if error.reason not in _OVERTAKEN:
+                    raise
+            if any(key.is_over(now - self._retired_s) for key in keys):
+                await self._store.purge(self._retired_s)
 
     async def _turn(self, keys: tuple[SigningKey, ...], now: float) -> None:
         current, heir = (_in_state(s, keys) for s in (KeyState.CURRENT, KeyState.NEXT))

@@ -1,9 +1,18 @@
 """Claims of an access token to mint (RFC 9068 section 2.2)."""
 
-from typing import Any
+from typing import Any, Protocol
 
 from authsvc.model import Client, Origin
 from authsvc.oauth.resources import Target
+
+
+class Frozen(Protocol):
+    """Permissions as they stood at a revision."""
+
+    @property
+    def names(self) -> frozenset[str]: ...
+    @property
+    def revision(self) -> int: ...
 
 
 def access_token_claims(
@@ -17,6 +26,7 @@ def access_token_claims(
     expires: int,
     revision: int,
     thumbprint: str,
+    permissions: Frozen | None = None,
 ) -> dict[str, Any]:
     """`thumbprint` (`x5t#S256`, RFC 8705 section 3.1) binds the token; empty leaves it unbound."""
     claims: dict[str, Any] = {
@@ -35,6 +45,8 @@ def access_token_claims(
         claims["cnf"] = {"x5t#S256": thumbprint}
     if client.metadata.may_act:
         claims["may_act"] = {"sub": client.metadata.may_act}
+    if permissions is not None:
+        claims |= {"permissions": sorted(permissions.names), "prv": permissions.revision}
     return claims | _origin_claims(origin)
 
 

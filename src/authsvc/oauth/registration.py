@@ -44,6 +44,7 @@ def beyond(metadata: ClientMetadata, policy: RegistrationPolicy) -> tuple[str, .
     methods = metadata.auth_methods - policy.auth_methods
     found += [f"authentication {_name(method)}" for method in methods]
     found += [f"validates {audience}" for audience in metadata.validates]
+    found += ["first party"] * metadata.first_party
     return tuple(sorted(found))
 
 
@@ -52,6 +53,7 @@ def grows(old: ClientMetadata, new: ClientMetadata) -> bool:
     if any(after - before for before, after in _sets(old, new)):
         return True
     is_looser = old.bound_access_tokens and not new.bound_access_tokens
+    is_looser = is_looser or (new.first_party and not old.first_party)
     return is_looser or (old.may_act, *_proofs(old)) != (new.may_act, *_proofs(new))
 
 
@@ -60,6 +62,7 @@ def shrinks(old: ClientMetadata, new: ClientMetadata) -> bool:
     if any(before - after for before, after in _sets(old, new)):
         return True
     is_stricter = new.bound_access_tokens and not old.bound_access_tokens
+    is_stricter = is_stricter or (old.first_party and not new.first_party)
     return is_stricter or (old.may_act, *_proofs(old)) != (new.may_act, *_proofs(new))
 
 

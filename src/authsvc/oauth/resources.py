@@ -28,6 +28,8 @@ class Target:
     lifetime_s: int
     token_format: TokenFormat
     encryption_jwk: str
+    freeze_permissions: bool = False
+    """The token says what its subject may do on its one audience."""
 
 
 def pick(
@@ -36,10 +38,12 @@ def pick(
     explicit: bool,
     catalog: Catalog,
     issuer: str,
+    bare: frozenset[str] = frozenset(),
 ) -> Target:
     """The audiences of a token: those asked for, or else the one owner of its scopes.
 
     `explicit` says that the scopes were asked for; then each must belong to one of the resources.
+    The `bare` audiences may be named without a scope there.
     Raises AuthError INVALID_TARGET (RFC 8707 section 2).
     """
     owners = {catalog.owner_of_scope[scope] for scope in scopes}
@@ -54,19 +58,29 @@ def pick(
     kept = frozenset(scope for scope in scopes if catalog.owner_of_scope[scope] in audiences)
     if explicit and kept != scopes:
         raise AuthError(Reason.INVALID_TARGET, "a scope belongs to another resource")
-    found = [_known(audience, owners, catalog) for audience in audiences]
+    found = [_known(audience, owners | bare, catalog) for audience in audiences]
     first = found[0]
     # The audience decides the form: it is who must read it, and only one can decrypt it.
     forms = {resource.token_format for resource in found}
     if len(forms) > 1 or (len(found) > 1 and TokenFormat.JWE in forms):
         raise AuthError(Reason.INVALID_TARGET, "no one token can be read by all the resources")
+    freeze_permissions = any(resource.freeze_permissions for resource in found)
+    if freeze_permissions and len(found) > 1:
+        raise AuthError(Reason.INVALID_TARGET, "a resource that freezes permissions stands alone")
     lifetime_s = min(resource.token_lifetime_s for resource in found)
-    return Target(audiences, kept, lifetime_s, first.token_format, first.encryption_jwk)
+    return Target(
+        audiences,
+        kept,
+        lifetime_s,
+        first.token_format,
+        first.encryption_jwk,
+        freeze_permissions,
+    )
 
 
-def _known(audience: str, owners: set[str], catalog: Catalog) -> Resource:
+def _known(audience: str, open_to: set[str], catalog: Catalog) -> Resource:
     """The resource, if the client has a scope there: others' existence is not told."""
     resource = catalog.by_id.get(audience)
-    if resource is None or audience not in owners:
+    if resource is None or audience not in open_to:
         raise AuthError(Reason.INVALID_TARGET, metadata={"resource": audience})
     return resource

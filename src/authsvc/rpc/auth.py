@@ -67,7 +67,7 @@ class AuthServicer:
     async def IssueToken(
         self, request: auth_pb2.IssueTokenRequest, call: Call
     ) -> auth_pb2.IssueTokenResponse:
-        """Grants of people, and DPoP, are not built yet."""
+        """Codes, and DPoP, are not built yet."""
         grant = request.WhichOneof("grant")
         if grant is None:
             raise AuthError(Reason.GRANT_MISSING)
@@ -78,6 +78,8 @@ class AuthServicer:
             tuple(request.scopes),
             tuple(request.resources),
             convert.exchange(request.token_exchange) if grant == "token_exchange" else None,
+            convert.password(request.password) if grant == "password" else None,
+            call.address,
         )
         answer = await self._issue(asked, call.peer)
         log.info(
@@ -106,14 +108,15 @@ class AuthServicer:
 
     async def ValidateToken(self, asked: convert.Asked, call: Call) -> bytes:
         """Warm: no database, no signature check."""
-        verdict = await self._validate(
+        answer = await self._validate(
             asked.token,
             asked.by(call.caller.audiences),
             at_least=asked.at_least,
             strong=asked.strong,
+            full=asked.view == auth_pb2.TOKEN_VIEW_FULL,
         )
-        self._judged[verdict.reason]()
-        return self._encode(verdict, asked.view)
+        self._judged[answer.verdict.reason]()
+        return self._encode(answer, asked.view)
 
     async def RevokeToken(
         self, request: auth_pb2.RevokeTokenRequest, call: Call

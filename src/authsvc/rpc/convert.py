@@ -10,7 +10,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from authsvc.errors import AuthError, Reason, not_implemented
 from authsvc.feed.watch import Event
-from authsvc.grants.proof import Exchange
+from authsvc.grants.proof import Exchange, Password
 from authsvc.identify import NEVER
 from authsvc.mint import TokenAnswer
 from authsvc.model import (
@@ -19,9 +19,11 @@ from authsvc.model import (
     TokenFormat,
 )
 from authsvc.rpc.limits import field_invalid
+from authsvc.validate import Answer
 from authsvc_client.core.claims import Claims
 from authsvc_client.core.judge import Question, Verdict
 from authsvc_client.core.markers import Marker
+from authsvc_client.core.step_up import NO_STEP_UP, StepUp, is_acr
 from authsvc_client.v1 import auth_pb2, error_reason_pb2, keys_pb2, resources_pb2
 
 
@@ -125,6 +127,11 @@ def exchange(grant: auth_pb2.TokenExchangeGrant) -> Exchange:
     )
 
 
+def password(grant: auth_pb2.PasswordGrant) -> Password:
+    """What a person told the client."""
+    return Password(grant.username, grant.password)
+
+
 def issued_pb(answer: TokenAnswer) -> auth_pb2.IssuedToken:
     """What was issued: an access token, or a refresh token alone (RFC 8693 section 2.2.1)."""
     return auth_pb2.IssuedToken(
@@ -150,11 +157,10 @@ class Asked:
         parts = (request, request.consistency, request.presenter)
         if any(len(UnknownFieldSet(part)) for part in parts):
             raise not_implemented("a field of a newer contract")
-        require_absent(request, "required_permissions", "acr_values")
-        if request.HasField("max_age"):
-            raise not_implemented("max_age")
-        if request.view == auth_pb2.TOKEN_VIEW_FULL:
-            raise not_implemented("view FULL")
+        if not all(map(is_acr, request.acr_values)):
+            raise field_invalid("acr_values", "has an item with a space, a quote or no content")
+        max_age_s = request.max_age.seconds if request.HasField("max_age") else None
+        acr_values = tuple(request.acr_values)
         thumbprint = ""
         if request.HasField("presenter"):
             if request.presenter.HasField("dpop"):
@@ -170,6 +176,8 @@ class Asked:
             frozenset(request.required_scopes),
             thumbprint,
             request.require_bound,
+            StepUp(acr_values, max_age_s) if acr_values or max_age_s is not None else NO_STEP_UP,
+            frozenset(request.required_permissions),
         )
 
     def by(self, audiences: frozenset[str]) -> Question:
@@ -191,20 +199,27 @@ class VerdictEncoder:
         self._check_time = self._active.check_time
         self._reusable_until = self._active.reusable_until
 
-    def __call__(self, verdict: Verdict, view: auth_pb2.TokenView.ValueType) -> bytes:
+    def __call__(self, answer: Answer, view: auth_pb2.TokenView.ValueType) -> bytes:
+        verdict, held = answer
         verified = verdict.verified
         if not verdict.active or verified is None:
             return bytes(_refusal_pb(verdict).SerializeToString())
         self._active.revision = verdict.revision
         _set_time(self._check_time, verdict.check_time)
         _set_time(self._reusable_until, verdict.reusable_until)
-        raw = self._active.SerializeToString()
-        if view != auth_pb2.TOKEN_VIEW_CLAIMS:
+        raw = bytes(self._active.SerializeToString())
+        if view < auth_pb2.TOKEN_VIEW_CLAIMS:
             return raw
         if verified.encoded is None:
             claims = auth_pb2.ValidateTokenResponse(claims=claims_pb(verified.claims))
             verified.encoded = claims.SerializeToString()
-        return raw + bytes(verified.encoded)
+        raw += bytes(verified.encoded)
+        if view != auth_pb2.TOKEN_VIEW_FULL or held is None:
+            return raw
+        if held.encoded is None:
+            permissions = auth_pb2.ValidateTokenResponse(permissions=sorted(held.names))
+            held.encoded = permissions.SerializeToString()
+        return raw + held.encoded
 
 
 def _refusal_pb(verdict: Verdict) -> auth_pb2.ValidateTokenResponse:
@@ -217,6 +232,19 @@ def _refusal_pb(verdict: Verdict) -> auth_pb2.ValidateTokenResponse:
         check_time=timestamp(verdict.check_time),
         reusable_until=timestamp(verdict.reusable_until),
         missing_scopes=sorted(verdict.missing_scopes),
+        missing_permissions=sorted(verdict.missing_permissions),
+        step_up_challenge=_step_up_pb(verdict.step_up),
+    )
+
+
+def _step_up_pb(step_up: StepUp) -> auth_pb2.StepUpChallenge | None:
+    if step_up is NO_STEP_UP:
+        return None
+    max_age_s = step_up.max_age_s
+    return auth_pb2.StepUpChallenge(
+        acr_values=step_up.acr_values,
+        max_age=Duration(seconds=max_age_s) if max_age_s is not None else None,
+        www_authenticate=step_up.www_authenticate(),
     )
 
 
@@ -243,6 +271,8 @@ def claims_pb(claims: Claims) -> auth_pb2.TokenClaims:
         root_jti=claims.root_jti,
         may_act=claims.may_act,
         key_ids=claims.key_ids,
+        permissions=claims.permissions,
+        permissions_revision=claims.permissions_revision,
     )
 
 

@@ -55,6 +55,11 @@ def texts(items_max: int, chars_max: int) -> Check:
     return check
 
 
+def items(items_max: int) -> Check:
+    """So many messages, each of which is checked by itself."""
+    return lambda value: f"has more than {items_max} items" if len(value) > items_max else None
+
+
 def number(low: int, high: int) -> Check:
     """A whole number in a span."""
     return lambda value: None if low <= value <= high else f"is not within {low} and {high}"
@@ -184,6 +189,7 @@ LIMITS: Mapping[str, Mapping[str, Check]] = {
         "software_statement": text(16384),
         "validates": texts(64, 512),
         "may_act": ID,
+        "first_party": anything,
     },
     "RegisterClientRequest": {
         "metadata": inside,
@@ -271,12 +277,89 @@ LIMITS: Mapping[str, Mapping[str, Check]] = {
     "DeleteResourceRequest": {"resource_id": RESOURCE_ID, "etag": ID},
     # A sealed id of a resource is longer than the id itself.
     "ListResourcesRequest": {**PAGE, "page_token": text(1024), "owner_client_id": ID},
+    "User": {
+        "user_id": ID,
+        "username": text(254),
+        "display_name": text(128),
+        "email": text(254),
+        "etag": ID,
+        "state": choice,
+        **dict.fromkeys(  # output only
+            ("password_set_time", "create_time", "update_time"), anything
+        ),
+    },
+    "CreateUserRequest": {"user": inside, "password": compared(1024), "request_id": ID},
+    "GetUserRequest": {"user_id": ID},
+    "ListUsersRequest": {**PAGE, "username": text(254), "email": text(254), "state": choice},
+    "UpdateUserRequest": {"user": inside, "update_mask": inside},
+    "DisableUserRequest": {"user_id": ID, "etag": ID, "comment": text(1024)},
+    "EnableUserRequest": {"user_id": ID, "etag": ID, "comment": text(1024)},
+    "DeleteUserRequest": {"user_id": ID, "etag": ID},
+    "SetPasswordRequest": {
+        "user_id": ID,
+        "current_password": compared(1024),
+        "new_password": compared(1024),
+        "keep_session": anything,
+    },
+    "CreatePasswordResetCodeRequest": {"user_id": ID, "lifetime": span(60, 24 * 3600)},
+    "ResetPasswordRequest": {"code": compared(256), "new_password": compared(1024)},
+    "ImportUsersRequest": {"rows": items(100)},
+    "ImportUsersRow": {
+        "username": text(254),
+        "display_name": text(128),
+        "email": text(254),
+        "password": compared(1024),
+    },
+    "PermissionRef": {"resource_id": RESOURCE_ID, "name": text(128)},
+    "Permission": {
+        "ref": inside,
+        "description": text(256),
+        "create_time": anything,  # output only
+    },
+    "Role": {
+        "role_id": ID,
+        "display_name": text(128),
+        "description": text(256),
+        "permissions": inside,
+        "etag": ID,
+        "create_time": anything,  # output only
+        "update_time": anything,  # output only
+    },
+    "RoleAssignment": {
+        "role_id": ID,
+        "user_id": ID,
+        "client_id": ID,
+        "resource_id": RESOURCE_ID,
+        "create_time": anything,  # output only
+    },
+    "CreateRoleRequest": {"role": inside},
+    "GetRoleRequest": {"role_id": ID},
+    "ListRolesRequest": {**PAGE, "resource_id": RESOURCE_ID},
+    "UpdateRoleRequest": {"role": inside, "update_mask": inside},
+    "DeleteRoleRequest": {"role_id": ID, "etag": ID},
+    "CreatePermissionRequest": {"permission": inside},
+    # As of resources: a sealed place holds the id of one.
+    "ListPermissionsRequest": {**PAGE, "page_token": text(1024), "resource_id": RESOURCE_ID},
+    "DeletePermissionRequest": {"ref": inside},
+    "AssignRoleRequest": {"role_assignment": inside},
+    "UnassignRoleRequest": {"role_assignment": inside},
+    "ListRoleAssignmentsRequest": {
+        **PAGE,
+        "page_token": text(1024),
+        "user_id": ID,
+        "client_id": ID,
+        "role_id": ID,
+        "resource_id": RESOURCE_ID,
+    },
     "RevokeSubjectRequest": {"subject": ID, **REVOCATION},
     "RevokeClientRequest": {"client_id": ID, **REVOCATION},
     "RevokeSubjectClientRequest": {"subject": ID, "client_id": ID, **REVOCATION},
     "RevokeSessionRequest": {"session_id": ID, **REVOCATION},
     "RevokeGrantRequest": {"grant_id": ID, **REVOCATION},
     "RevokeEverythingRequest": REVOCATION,
+    "ListSessionsRequest": {**PAGE, "user_id": ID},
+    "EndSessionRequest": {"session_id": ID},
+    "SignOutEverywhereRequest": {"user_id": ID},
     "ListGrantsRequest": {**PAGE, "subject": ID, "client_id": ID, "session_id": ID},
     "EndGrantRequest": {"grant_id": ID},
     "ListSigningKeysRequest": PAGE,
@@ -284,14 +367,26 @@ LIMITS: Mapping[str, Mapping[str, Check]] = {
     "ActivateSigningKeyRequest": {"kid": ID},
     "RetireSigningKeyRequest": {"kid": ID},
     "TaintSigningKeyRequest": {"kid": ID, "comment": text(1024), "validate_only": anything},
+    "ListAuditEventsRequest": {
+        **PAGE,
+        "start_time": moment,
+        "end_time": moment,
+        "actor": URI,
+        "subject": ID,
+        "client_id": ID,
+        "action": ID,
+        "outcome": choice,
+    },
+    "ExplainTokenRequest": {"question": inside, "caller_client_id": ID},
 }
 """Message -> field -> check. A field that is not here makes the server refuse to start."""
 
-ITEMS_MAX = {"Resource.scopes": 256}
+ITEMS_MAX = {"Resource.scopes": 256, "Role.permissions": 256}
 """Of repeated messages."""
 
 REQUIRED: Mapping[str, tuple[str, ...]] = {
     "IssueTokenRequest": ("client_id",),
+    "PasswordGrant": ("username", "password"),
     "TokenExchangeGrant": ("subject_token", "subject_token_type"),
     "RefreshTokenRequest": ("refresh_token", "client_id"),
     "ValidateTokenRequest": ("token",),
@@ -319,15 +414,39 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "GetResourceRequest": ("resource_id",),
     "UpdateResourceRequest": ("resource", "update_mask"),
     "DeleteResourceRequest": ("resource_id",),
+    "CreateUserRequest": ("user",),
+    "GetUserRequest": ("user_id",),
+    "UpdateUserRequest": ("user", "update_mask"),
+    "DisableUserRequest": ("user_id",),
+    "EnableUserRequest": ("user_id",),
+    "DeleteUserRequest": ("user_id",),
+    "SetPasswordRequest": ("new_password",),
+    "CreatePasswordResetCodeRequest": ("user_id",),
+    "ResetPasswordRequest": ("code", "new_password"),
+    "PermissionRef": ("resource_id", "name"),
+    "Permission": ("ref",),
+    "Role": ("role_id",),
+    "RoleAssignment": ("role_id",),
+    "CreateRoleRequest": ("role",),
+    "GetRoleRequest": ("role_id",),
+    "UpdateRoleRequest": ("role", "update_mask"),
+    "DeleteRoleRequest": ("role_id",),
+    "CreatePermissionRequest": ("permission",),
+    "DeletePermissionRequest": ("ref",),
+    "AssignRoleRequest": ("role_assignment",),
+    "UnassignRoleRequest": ("role_assignment",),
     "RevokeSubjectRequest": ("subject",),
     "RevokeClientRequest": ("client_id",),
     "RevokeSubjectClientRequest": ("subject", "client_id"),
     "RevokeSessionRequest": ("session_id",),
     "RevokeGrantRequest": ("grant_id",),
+    "EndSessionRequest": ("session_id",),
+    "SignOutEverywhereRequest": ("user_id",),
     "EndGrantRequest": ("grant_id",),
     "ActivateSigningKeyRequest": ("kid",),
     "RetireSigningKeyRequest": ("kid",),
     "TaintSigningKeyRequest": ("kid",),
+    "ExplainTokenRequest": ("question",),
 }
 
 assert TOKEN_CHARS_MAX < MESSAGE_BYTES_MAX
@@ -401,12 +520,13 @@ class Shape:
 
 def _field(field: FieldDescriptor, check: Check, message: str) -> _Field:
     is_message = field.message_type is not None
+    has_shape = check is inside
     return _Field(
         name=field.name,
         has_presence=is_message and not field.is_repeated,
         check=_known(field) if check is choice else check,
-        shape=Shape(field.message_type) if check is inside else None,
-        items_max=ITEMS_MAX[f"{message}.{field.name}"] if is_message and field.is_repeated else 0,
+        shape=Shape(field.message_type) if has_shape else None,
+        items_max=ITEMS_MAX[f"{message}.{field.name}"] if has_shape and field.is_repeated else 0,
     )
 
 

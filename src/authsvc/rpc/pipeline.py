@@ -9,7 +9,9 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 import structlog
@@ -17,10 +19,12 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
+from authsvc import acting
+from authsvc.acting import Act
 from authsvc.clock import Clock
 from authsvc.errors import AuthError, Code, Reason, not_implemented
 from authsvc.keys.secrets import new_id
-from authsvc.model import Caller, Peer
+from authsvc.model import SCOPE_ADMIN, Caller, Peer
 from authsvc.rpc import status
 from authsvc.rpc.limits import Shape
 from authsvc.rpc.peer import AuthContext
@@ -49,7 +53,9 @@ class Call:
     now: float
     """This machine's clock, in seconds: certificates are judged by it."""
     admitted: Caller | None
+    """Of a public method once it was asked for."""
     _policy: Policy
+    _context: Context
 
     @property
     def caller(self) -> Caller:
@@ -57,15 +63,22 @@ class Call:
         assert self.admitted is not None
         return self.admitted
 
+    @property
+    def address(self) -> str:
+        """Network address of the peer, without the port; empty for a socket that has none."""
+        kind, _, rest = unquote(self._context.peer()).partition(":")
+        return rest.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else ""
+
     async def find_caller(self) -> Caller | None:
         """The caller of a public method, if it is anybody yet."""
-        return await self._policy.find(self.peer, self.authorization, self.now)
+        self.admitted = await self._policy.find(self.peer, self.authorization, self.now)
+        return self.admitted
 
     async def require_caller(self, *scopes: str) -> Caller:
         """The caller of a public method that asks for scopes after all."""
-        return await self._policy(
-            Rule(False, frozenset(scopes)), self.peer, self.authorization, self.now
-        )
+        rule = Rule(False, frozenset(scopes))
+        self.admitted = await self._policy(rule, self.peer, self.authorization, self.now)
+        return self.admitted
 
 
 Peers = Callable[[AuthContext, float], Peer]
@@ -79,12 +92,24 @@ Read = Callable[[bytes], Any]
 Encode = Callable[[Any], bytes]
 
 
+_ANYBODY = Rule(public=True, scopes=frozenset())
+
+
 class Pipeline:
     """Makes gRPC handlers of servicer methods."""
 
-    def __init__(self, peers: Peers, policy: Policy, metrics: Metrics, clock: Clock) -> None:
+    def __init__(
+        self,
+        peers: Peers,
+        policy: Policy,
+        refused: Callable[[Reason], Awaitable[None]],
+        metrics: Metrics,
+        clock: Clock,
+    ) -> None:
+        """`refused` records that a known caller asked for what only administrators may."""
         self._peers = peers
         self._policy = policy
+        self._refused = refused
         self._metrics = metrics
         self._clock = clock
         self._limit = TimeLimit(DEADLINE_S_MAX)
@@ -109,20 +134,41 @@ class Pipeline:
         shape = Shape(method.input_type) if implementation is not None else None
         prepare = getattr(servicer, "prepared", {}).get(method.name)
         read = _reader(decode, shape, prepare)
+        audited = prepare is None
         implementation = implementation or _not_built(method)
         if method.server_streaming:
             return grpc.unary_stream_rpc_method_handler(
                 self._stream(method, rule, read, implementation, encode)
             )
         return grpc.unary_unary_rpc_method_handler(
-            self._unary(method, rule, read, implementation, encode)
+            self._unary(method, rule, read, implementation, encode, audited=audited)
         )
 
     async def _admit(self, rule: Rule, context: Context, given: str) -> Call:
         now = self._clock.wall()
         peer = self._peers(context.auth_context(), now)
         caller = None if rule.public else await self._policy(rule, peer, given, now)
-        return Call(peer, given, now, caller, self._policy)
+        return Call(peer, given, now, caller, self._policy, context)
+
+    async def _tell(
+        self,
+        action: str,
+        rule: Rule,
+        error: AuthError,
+        context: Context,
+        authorization: str,
+        request_id: str,
+    ) -> None:
+        """Audits that a caller who is known, and no administrator, asked for what these may do."""
+        if error.reason is not Reason.INSUFFICIENT_SCOPE or SCOPE_ADMIN not in rule.scopes:
+            return
+        call = await self._admit(_ANYBODY, context, authorization)
+        await call.find_caller()
+        acting.begin(partial(_act, action, call, call.address, None, request_id))
+        try:
+            await self._refused(error.reason)
+        except AuthError as lost:
+            log.warning("audit.refusal_lost", method=action, cause=lost.cause)
 
     def _unary(
         self,
@@ -131,6 +177,8 @@ class Pipeline:
         read: Read,
         implementation: Unary,
         encode: Encode,
+        *,
+        audited: bool,
     ) -> Callable[[bytes, Context], Awaitable[bytes]]:
         name, limit = method.full_name, self._limit
         observe = self._metrics.seconds.labels(name).observe
@@ -142,8 +190,18 @@ class Pipeline:
             task = limit.begin(started)
             try:
                 authorization, request_id = _metadata(context)
-                call = await self._admit(rule, context, authorization)
-                answer = await implementation(read(raw), call)
+                try:
+                    call = await self._admit(rule, context, authorization)
+                except AuthError as error:
+                    await self._tell(method.name, rule, error, context, authorization, request_id)
+                    raise
+                request = read(raw)
+                if audited:
+                    # Now: what is written after a caller has gone away cannot ask any more.
+                    acting.begin(
+                        partial(_act, method.name, call, call.address, request, request_id)
+                    )
+                answer = await implementation(request, call)
                 response = answer if isinstance(answer, bytes) else encode(answer)
             except asyncio.CancelledError:
                 if not limit.exceeded(task):
@@ -221,6 +279,26 @@ def _as_refusal(error: Exception) -> Exception:
         limit = {"limit_seconds": f"{DEADLINE_S_MAX:g}"}
         return AuthError(Reason.DEADLINE_EXCEEDED, metadata=limit)
     return error
+
+
+def _act(action: str, call: Call, address: str, request: Any, request_id: str) -> Act:
+    """What the audit says of a call, once something is written."""
+    caller = call.admitted
+    peer = call.peer.spiffe_id or next(iter(sorted(call.peer.dns_names)), call.peer.subject_dn)
+    # A client that authenticates in a public method has done so before anything is written.
+    actor = caller.name if caller is not None else getattr(request, "client_id", "") or peer
+    behalf = caller.subject if caller is not None and caller.subject != actor else ""
+    mask = getattr(request, "update_mask", None)
+    return Act(
+        action,
+        actor,
+        behalf,
+        peer,
+        address,
+        getattr(request, "comment", ""),
+        tuple(mask.paths) if mask is not None else (),
+        request_id,
+    )
 
 
 def _reader(decode: Decode, shape: Shape | None, prepare: Prepare | None) -> Read:

@@ -135,4 +135,14 @@ class Policy:
             raise AuthError(Reason.CALLER_UNKNOWN)
         require_let_in(client, self._state.now(self._clock.boot()))
         audiences = validated_by(client, await self._catalog())
-        return Caller(claims.subject, client.client_id, claims.scopes, audiences, peer)
+        # Who is spoken for by a client, or lent it a token, is not the client.
+        is_client = claims.subject == client.client_id and not claims.actors
+        return Caller(
+            claims.actors[0] if claims.actors else claims.subject,
+            client.client_id if is_client else "",
+            claims.scopes,
+            audiences,
+            peer,
+            claims.subject,
+            claims.session_id,
+        )

@@ -47,6 +47,7 @@ def registration(metadata: clients_pb2.ClientMetadata) -> Registration:
         contacts=tuple(metadata.contacts),
         jwks=metadata.jwks,
         may_act=metadata.may_act,
+        first_party=metadata.first_party,
     )
 
 
@@ -80,8 +81,7 @@ class ClientEncoder:
 def _client_pb(client: Client) -> clients_pb2.Client:
     metadata = client.metadata
     identity = metadata.identity
-    names = {f"tls_client_auth_{identity.kind.value}": identity.value} if identity else {}
-    return clients_pb2.Client(
+    message = clients_pb2.Client(
         client_id=client.client_id,
         metadata=clients_pb2.ClientMetadata(
             client_name=metadata.client_name,
@@ -99,8 +99,7 @@ def _client_pb(client: Client) -> clients_pb2.Client:
             contacts=metadata.contacts,
             jwks=metadata.jwks,
             may_act=metadata.may_act,
-            **names,
-            **metadata.texts,
+            first_party=metadata.first_party,
         ),
         state=clients_pb2.ClientState.ValueType(client.state),
         reviewer=client.reviewer,
@@ -112,6 +111,11 @@ def _client_pb(client: Client) -> clients_pb2.Client:
         update_time=timestamp(client.update_time),
         registrant=client.registrant,
     )
+    if identity is not None:
+        setattr(message.metadata, f"tls_client_auth_{identity.kind.value}", identity.value)
+    for name, value in metadata.texts.items():
+        setattr(message.metadata, name, value)
+    return message
 
 
 def api_key_pb(key: ApiKey) -> clients_pb2.ApiKey:
