@@ -461,7 +461,7 @@ EXIT_CASES: Final = (
     (Exit.CONFLICT, ("pki", "init"), "has a CA already"),
     (Exit.UNAVAILABLE, ("client", "list", "--address", "127.0.0.1:1"), "is it running there"),
     (Exit.UNAVAILABLE, ("client", "list", "--server-name", "other"), "--server-name"),
-    (Exit.NOT_IMPLEMENTED, ("client", "register", "--name", "x", "--grant", "password"), "yet"),
+    (Exit.NOT_IMPLEMENTED, ("client", "register", "--name", "x", "--grant", "device_code"), "yet"),
 )
 
 

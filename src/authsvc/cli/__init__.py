@@ -9,14 +9,19 @@ import typer
 
 from authsvc.cli import (
     api_keys,
+    apply,
+    audit,
     clients,
     keys,
     pki,
     registrations,
     resources,
     revocations,
+    roles,
     serve,
+    sessions,
     tokens,
+    users,
 )
 from authsvc.cli.output import EXITS
 
@@ -49,6 +54,11 @@ tokens.register(app)
 keys.register(app)
 api_keys.register(app)
 revocations.register(app)
+users.register(app)
+roles.register(app)
+sessions.register(app)
+audit.register(app)
+apply.register(app)
 
 
 def _version(wanted: bool) -> None:

@@ -222,6 +222,25 @@ def secret_in(file: Path, what: str) -> str:
     return secret_of_stdin(what) if str(file) == "-" else file.read_text(encoding="utf-8").strip()
 
 
+def password_of(file: Path | None, what: str = "Password", *, new: bool = False) -> str:
+    """A password in a file; without one, or where it is `-`, as `secret_of_stdin`.
+
+    Spaces around it belong to it. A new one is asked for twice on a terminal.
+    """
+    if file is not None and str(file) != "-":
+        try:
+            value = file.read_text(encoding="utf-8").removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise Failure(f"{file}: no text in UTF-8") from error
+    elif sys.stdin.isatty():
+        value = typer.prompt(what, hide_input=True, err=True, confirmation_prompt=new)
+    else:
+        value = sys.stdin.readline().rstrip("\r\n")
+    if not value or "\n" in value:
+        raise Failure(f"{what.lower()}: there must be one line, in a file or on standard input")
+    return value
+
+
 def client_secret(from_stdin: bool) -> str:
     """The secret of a client, never an argument: other users see those of a process."""
     if from_stdin:
@@ -253,6 +272,15 @@ def seconds(value: "Timestamp | Duration") -> float:
 def time_of(message: Any, field: str, now: float) -> str:
     """A time of a message, for people; empty where it is unset."""
     return moment(seconds(getattr(message, field)), now) if message.HasField(field) else ""
+
+
+def named(enum: Any, number: int, prefix: str) -> str:
+    """Name of an enum's value without its prefix; the number of one of a newer server."""
+    try:
+        name: str = enum.Name(number)
+    except ValueError:
+        return str(number)
+    return name.removeprefix(prefix)
 
 
 def more(session: Session, next_page_token: str) -> None:

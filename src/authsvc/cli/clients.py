@@ -160,6 +160,14 @@ def described(
             show_default="for a new client: bound with a certificate name",
         ),
     ] = None,
+    first_party: Annotated[
+        bool | None,
+        typer.Option(
+            "--first-party/--third-party",
+            help="It is yours, and trusted with the passwords of people.",
+            show_default="for a new client: third party",
+        ),
+    ] = None,
     contact: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="Whom to ask; may be repeated.")
     ] = None,
@@ -190,6 +198,7 @@ def described(
             "validates": None if validates is None else words(validates),
             "may_act": may_act,
             "tls_client_certificate_bound_access_tokens": bound,
+            "first_party": first_party,
             "contacts": None if contact is None else list(filter(None, contact)),
             "client_uri": client_uri,
             "software_id": software_id,
@@ -537,6 +546,7 @@ def show_client(
             ("tokens", "bound to its certificate" if bound else "not bound"),
             ("validates", list(metadata.validates)),
             ("may_act", metadata.may_act),
+            ("first party", "trusted with passwords of people" if metadata.first_party else ""),
             ("contacts", list(metadata.contacts)),
             ("client_uri", metadata.client_uri),
             ("software", f"{metadata.software_id} {metadata.software_version}".strip()),

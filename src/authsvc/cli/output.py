@@ -42,12 +42,12 @@ class Exit(IntEnum):
 EXITS: Mapping[Exit, str] = {
     Exit.OK: "done",
     Exit.FAILED: "internal, or anything else",
-    Exit.USAGE: "wrong usage, setting or argument",
+    Exit.USAGE: "wrong usage, setting or argument (apply --dry-run: something would change)",
     Exit.REFUSED: "refused: not authenticated, or not permitted (migrate --check: behind)",
     Exit.NOT_FOUND: "no such object",
     Exit.CONFLICT: "conflict: exists already, or the state does not allow it",
     Exit.UNAVAILABLE: "unavailable: try again",
-    Exit.NOT_ACTIVE: "token validate: the token is not active",
+    Exit.NOT_ACTIVE: "token validate, token explain: the token is not active",
     Exit.NOT_IMPLEMENTED: "this server cannot do that yet",
 }
 EXIT_OF_CODE: Mapping[str, Exit] = {
@@ -67,7 +67,7 @@ EXIT_OF_CODE: Mapping[str, Exit] = {
 """By gRPC status code; every other one is FAILED."""
 
 HINTS: Mapping[str, str] = {
-    "ALREADY_EXISTS": "look at what is there: authsvc resource list",
+    "ALREADY_EXISTS": "look at what is there: authsvc resource list, users list, roles list",
     "API_KEY_NOT_FOUND": "authsvc api-key list tells the ids",
     "AUTH_METHOD_NOT_REGISTERED": "authsvc client show CLIENT_ID tells what it registered",
     "CALLER_UNKNOWN": "show another certificate: --as NAME, or --cert and --key;"
@@ -81,15 +81,18 @@ HINTS: Mapping[str, str] = {
     "CLIENT_STATE_CONFLICT": "authsvc client show CLIENT_ID tells its state",
     "CLIENT_SUSPENDED": "an administrator lets it in again: authsvc client resume CLIENT_ID",
     "COMMIT_UNKNOWN": "look first whether it was done, then try again",
-    "ETAG_MISMATCH": "look again (authsvc client show CLIENT_ID), then use the new etag",
+    "ETAG_MISMATCH": "look again (show, or get), then use the new etag",
     "GRANT_NOT_FOUND": "it is over already, or never was",
     "INITIAL_ACCESS_TOKEN_NOT_FOUND": "authsvc registration-token list tells the ids",
     "INSUFFICIENT_SCOPE": "ask an administrator, or be one: --as admin in the development PKI",
     "INVALID_CLIENT_METADATA": "authsvc client register --help; the scopes that there are:"
     " authsvc resource list",
+    "INVALID_GRANT": "what was shown is wrong, used up or over; which of these is not said",
     "INVALID_TARGET": "authsvc resource list tells the resources and their scopes",
+    "PASSWORD_NOT_ACCEPTED": "choose another: longer, and none that is known",
     "PEER_CERTIFICATE_EXPIRED": "a new certificate of the development PKI: authsvc pki issue NAME",
     "PEER_CERTIFICATE_INVALID": "show a client certificate of the server's CA: --as NAME",
+    "PERMISSION_NOT_FOUND": "authsvc permission list tells what there is",
     "REGISTRATION_NOT_ALLOWED": "a peer registers the name in its own certificate (--san-uri …);"
     " all else is for administrators: --as admin in the development PKI",
     "REGISTRATION_TOKEN_INVALID": "an administrator makes initial access tokens (authsvc"
@@ -97,16 +100,20 @@ HINTS: Mapping[str, str] = {
     " more",
     "REQUEST_ID_REUSED": "another --request-id, or the same request as before",
     "RESOURCE_NOT_FOUND": "authsvc resource list tells the ids",
+    "ROLE_NOT_FOUND": "authsvc role list tells the ids",
     "SCOPE_NOT_ALLOWED": "authsvc client show CLIENT_ID tells its scopes",
     "SCOPE_UNKNOWN": "authsvc resource list tells the scopes that there are",
+    "SESSION_NOT_FOUND": "it is over already, or never was",
     "SIGNING_KEY_NOT_FOUND": "authsvc key list tells the ids",
     "SIGNING_KEY_NOT_READY": "wait until then; a stolen key is not waited for: authsvc key taint",
     "SIGNING_KEY_STATE_CONFLICT": "authsvc key list tells which key is next and which signs",
     "STATE_STALE": "try again; the server's log tells why it lost its database",
     "STORE_UNAVAILABLE": "is the database up, and are its name, user and password right?",
-    "SUBJECT_NOT_FOUND": "authsvc client list tells the ids",
+    "SUBJECT_NOT_FOUND": "authsvc client list and authsvc user list tell the ids",
     "TOKEN_NOT_OWNED": "revoke it as its client (--as NAME), or as an administrator by --jti"
     " (authsvc token inspect tells it)",
+    "USER_NOT_FOUND": "authsvc user list tells the ids; they are not the names",
+    "USER_STATE_CONFLICT": "authsvc user show USER_ID tells its state",
 }
 """What to do, by reason."""
 PORTS_HINT = "end it, or choose other ports: --port, --metrics-port, --health-port (0: any)"
@@ -211,8 +218,8 @@ class Output:
         for key, value in kept:
             for at, item in enumerate(value if isinstance(value, (list, tuple)) else [value]):
                 text = item if isinstance(item, Text) else Text(shown(item))
-                head = Text(f"  {'' if at else key:<{width}}  ", "dim")
-                self._line(self._data, head + text)
+                head = f"  {'' if at else key:<{width}}  "
+                self._line(self._data, Text.assemble((head, "dim"), text))
 
     def table(self, columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> None:
         """Rows under a head; long texts are wrapped on a terminal, ids never."""
@@ -246,12 +253,23 @@ class Output:
         if not self.json:
             self._line(self._notes, Text(shown(text), style))
 
+    @contextmanager
+    def progress(self, what: str, total: float | None) -> Iterator[Callable[[float, str], None]]:
+        """How far something is, on a terminal; gone at the end."""
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+        off = self.json or not self._notes.is_terminal
+        with Progress(*columns, console=self._notes, transient=True, disable=off) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda done, told: bar.update(task, completed=done, description=told)
+
     def steps(self, *commands: str) -> None:
         """What one would do next, to be copied."""
         if not self.json:
             for at, command in enumerate(commands):
-                head = Text("       " if at else "next:  ", "dim")
-                self._line(self._notes, head + Text(shown(command), "cyan"))
+                head = "       " if at else "next:  "
+                self._line(self._notes, Text.assemble((head, "dim"), (shown(command), "cyan")))
 
     def fail(self, failure: Failure) -> None:
         """Says what failed and what to do about it."""
@@ -259,13 +277,13 @@ class Output:
             typer.echo(json.dumps(failure.document(), ensure_ascii=False), err=True)
             return
         suffix = f" ({failure.reason})" if failure.reason else ""
-        head = Text("error: ", "bold red")
-        self._line(self._notes, head + Text(shown(failure.message) + suffix))
+        told = shown(failure.message) + suffix
+        self._line(self._notes, Text.assemble(("error: ", "bold red"), told))
         for field, text in failure.violations:
             if text not in failure.message:
                 self._line(self._notes, Text(f"  {shown(field)}: {shown(text)}"))
         if failure.hint:
-            self._line(self._notes, Text("hint:  ", "bold") + Text(shown(failure.hint)))
+            self._line(self._notes, Text.assemble(("hint:  ", "bold"), shown(failure.hint)))
 
     def _line(self, console: Console, text: Text) -> None:
         """Not wrapped by us: what a terminal wraps itself is copied whole."""
