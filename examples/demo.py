@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,11 +29,16 @@ from authsvc_client import (
     Unavailable,
     channel,
 )
+from authsvc_client.v1 import auth_pb2, roles_pb2, users_pb2
+from authsvc_client.v1.roles_pb2_grpc import RoleServiceStub
+from authsvc_client.v1.users_pb2_grpc import UserServiceStub
 from services.v1 import orders_pb2, orders_pb2_grpc
 
 HERE = Path(__file__).parent
 CALLS = 1000
 AUDIENCES = ("https://orders.example", "https://billing.example")
+AUTHSVC = "https://authsvc.local"
+PASSWORD, NEW_PASSWORD = "correct horse battery staple", "something else entirely"
 START_S = 60.0
 CALL_S = 30.0
 
@@ -56,9 +62,12 @@ class Demo:
         # So that a new signing key may sign after seconds: here nobody keeps the old set for long.
         self._environment["AUTHSVC_STALENESS_MAX_S"] = "15"
         self._environment["AUTHSVC_KEYS__MAX_AGE_S"] = "5"
+        self._environment["AUTHSVC_GRANTS__PASSWORD"] = "true"
         self.address = ""
         self.authsvc: subprocess.Popen[bytes] | None = None
         self.clients: dict[str, str] = {}
+        self.alice = ""
+        """Her user id."""
 
     def spawn(self, *arguments: str, log: str) -> "subprocess.Popen[bytes]":
         """A process that does not outlive the demo; its output goes to a file."""
@@ -120,6 +129,18 @@ class Demo:
             check=False,
         )
 
+    def declare(self) -> None:
+        """What is declared in files: resources, clients, roles, and who holds them."""
+        for name in ("billing", "orders", "till", "partner"):
+            self.cli("pki", "issue", name, "--server")
+        password = self.home / "password"
+        password.write_text(PASSWORD)
+        made = self.cli("user", "create", "alice", "--password-file", str(password))
+        self.alice = made["user"]["user_id"]
+        self.cli("apply", "-f", str(HERE / "declared"), "--yes")
+        found = self.cli("client", "list")["clients"]
+        self.clients = {each["metadata"]["client_name"]: each["client_id"] for each in found}
+
     def admit(self, name: str, *scopes: str, grants: Sequence[str] = ()) -> None:
         """A service asks to be a client by its own certificate; an administrator approves it."""
         self.cli("pki", "issue", name, "--server")
@@ -131,12 +152,6 @@ class Demo:
         )
         self.clients[name] = asked["client"]["client_id"]
         self.cli("client", "approve", self.clients[name])
-
-    def resource(self, name: str, *scopes: str) -> None:
-        """Makes a service the audience of tokens."""
-        wanted = [word for scope in scopes for word in ("--scope", scope)]
-        owner = ("--owner", self.clients[name])
-        self.cli("resource", "create", f"https://{name}.example", *owner, *wanted)
 
     def start_service(self, name: str, *arguments: str) -> str:
         """Starts a service of the example and answers its address."""
@@ -205,6 +220,12 @@ class Shop:
         request = orders_pb2.CancelOrderRequest(order_id="1")
         await self._call(certificates, token, lambda stub: stub.CancelOrder, request)
 
+    async def list_orders(self, token: str, certificates: Certificates) -> str:
+        """Lists the orders; answers who was let in. Raises AuthsvcError."""
+        request = orders_pb2.ListOrdersRequest()
+        answer = await self._call(certificates, token, lambda stub: stub.ListOrders, request)
+        return str(answer.asked_by)
+
     async def give_back(self, token: str, certificates: Certificates) -> tuple[str, str]:
         """Returns an order; answers who got the money, and who asked for that."""
         request = orders_pb2.ReturnOrderRequest(order_id="1")
@@ -264,6 +285,7 @@ async def story(demo: Demo, steps: Steps, shop: Shop) -> None:
             await shop.place(token.value, mine)
         await act_for_the_shop(demo, steps, shop, authsvc)
         await refresh(demo, steps, shop, authsvc)
+        await people(demo, steps, shop)
         with steps.step("the signing key rotated under traffic, no call failed") as notes:
             notes.append(await rotate(demo, shop, authsvc))
         with steps.step("the token revoked by an administrator: no call passes") as notes:
@@ -320,6 +342,79 @@ async def refresh(demo: Demo, steps: Steps, shop: Shop, authsvc: AuthsvcClient) 
         notes.append(await refused(reused, Reason.REFRESH_TOKEN_REUSED))
         await refused(authsvc.refresh(client_id, third.refresh_token), Reason.INVALID_GRANT)
         await refused(shop.place(third.value, mine), Reason.GRANT_REVOKED)
+
+
+async def people(demo: Demo, steps: Steps, shop: Shop) -> None:
+    """A person at the till, what she may do, and what a changed password ends."""
+    mine, theirs = demo.certificates("till"), demo.certificates("partner")
+    async with (
+        AuthsvcClient(channel(demo.address, mine)) as till,
+        AuthsvcClient(channel(demo.address, theirs)) as partner,
+        channel(demo.address, demo.certificates("admin")) as admin,
+        channel(demo.address, mine) as anybody,
+    ):
+        roles = RoleServiceStub(admin)
+        cashier = roles_pb2.RoleAssignment(role_id="cashier", user_id=demo.alice)
+        with steps.step("alice logs in at the till: her role lets her list orders") as notes:
+            hers = await log_in(till, demo, PASSWORD)
+            if await shop.list_orders(hers.access_token, mine) != demo.alice:
+                raise Failed("orders saw somebody else")
+            notes.append("scope orders.place, live permission orders.list")
+        with steps.step("her role withdrawn under the living token") as notes:
+            await roles.UnassignRole(roles_pb2.UnassignRoleRequest(role_assignment=cashier))
+            denied = Reason.INSUFFICIENT_PERMISSIONS
+            call = partial(shop.list_orders, hers.access_token, mine)
+            notes.append(f"refused {await until_refused(call, denied):.1f} ms after the answer")
+        with steps.step("and given back: the same token is good again"):
+            await roles.AssignRole(roles_pb2.AssignRoleRequest(role_assignment=cashier))
+            await shop.list_orders(hers.access_token, mine)
+        lent = await partner.exchange(demo.clients["partner"], hers.access_token, refreshable=True)
+        used = await partner.refresh(demo.clients["partner"], lent.refresh_token)
+        with steps.step("alice changes her password, and stays where she is") as notes:
+            own = await till.exchange(demo.clients["till"], hers.access_token, [], [AUTHSVC])
+            await UserServiceStub(anybody).SetPassword(
+                users_pb2.SetPasswordRequest(
+                    current_password=PASSWORD, new_password=NEW_PASSWORD, keep_session=True
+                ),
+                metadata=(("authorization", f"Bearer {own.value}"),),
+                timeout=CALL_S,
+            )
+            await shop.list_orders(hers.access_token, mine)
+            await till.refresh(demo.clients["till"], hers.refresh_token)
+            await refused(log_in(till, demo, PASSWORD), Reason.INVALID_GRANT)
+            await log_in(till, demo, NEW_PASSWORD)
+            notes.append("her session lives, the old password is dead")
+        with steps.step("what a third party got from her is over") as notes:
+            again = partner.refresh(demo.clients["partner"], used.refresh_token)
+            await refused(again, Reason.INVALID_GRANT)
+            listing = shop.list_orders(used.value, theirs)
+            notes.append(await refused(listing, Reason.GRANT_REVOKED))
+
+
+async def log_in(till: AuthsvcClient, demo: Demo, password: str) -> auth_pb2.IssuedToken:
+    """The password grant, which is for first parties alone; raises AuthsvcError."""
+    request = auth_pb2.IssueTokenRequest(
+        password=auth_pb2.PasswordGrant(username="alice", password=password),
+        client_id=demo.clients["till"],
+        resources=["https://orders.example"],
+    )
+    try:
+        return (await till.stub.IssueToken(request, timeout=CALL_S)).token
+    except grpc.aio.AioRpcError as error:
+        raise AuthsvcError.from_rpc_error(error) from error
+
+
+async def until_refused(call: Callable[[], Awaitable[Any]], reason: Reason) -> float:
+    """Calls until it bites; answers how many milliseconds that took."""
+    answered = time.perf_counter()
+    while time.perf_counter() - answered < CALL_S:
+        try:
+            await call()
+        except AuthsvcError as error:
+            if error.reason is not reason:
+                raise
+            return (time.perf_counter() - answered) * 1000
+    raise Failed("it did not bite")
 
 
 async def rotate(demo: Demo, shop: Shop, authsvc: AuthsvcClient) -> str:
@@ -415,15 +510,11 @@ def main() -> NoReturn:
         try:
             print("Starting authsvc on SQLite, with a certificate authority of its own")
             demo.start_authsvc()
-            print("Admitting three services: each asks by its own certificate, an admin approves")
-            demo.admit("billing", "validate")
-            demo.resource("billing", "billing.charge", "billing.refund")
-            exchange = ("client_credentials", "token_exchange")
-            demo.admit("orders", "validate", "billing.charge", "billing.refund", grants=exchange)
-            demo.resource("orders", "orders.place")
-            demo.admit(
-                "shop", "orders.place", "billing.refund", grants=(*exchange, "refresh_token")
-            )
+            print("Declaring services, what they offer, and what alice may do (examples/declared)")
+            demo.declare()
+            print("Admitting the shop: it asks by its own certificate, an administrator approves")
+            grants = ("client_credentials", "token_exchange", "refresh_token")
+            demo.admit("shop", "orders.place", "billing.refund", grants=grants)
             print("Starting billing and orders")
             billing = demo.start_service("billing")
             orders = demo.start_service("orders", "--billing", billing)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from authsvc.v1 import annotations_pb2 as authsvc_dot_v1_dot_annotations__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18services/v1/orders.proto\x12\x0bservices.v1\x1a\x1c\x61uthsvc/v1/annotations.proto\"#\n\x12PlaceOrdersRequest\x12\r\n\x05\x63ount\x18\x01 \x01(\x05\"&\n\x13PlaceOrdersResponse\x12\x0f\n\x07\x63harged\x18\x01 \x01(\x05\"&\n\x12\x43\x61ncelOrderRequest\x12\x10\n\x08order_id\x18\x01 \x01(\t\"\x15\n\x13\x43\x61ncelOrderResponse\"&\n\x12ReturnOrderRequest\x12\x10\n\x08order_id\x18\x01 \x01(\t\"<\n\x13ReturnOrderResponse\x12\x13\n\x0brefunded_to\x18\x01 \x01(\t\x12\x10\n\x08\x61sked_by\x18\x02 \x01(\t2\xc7\x02\n\rOrdersService\x12\x66\n\x0bPlaceOrders\x12\x1f.services.v1.PlaceOrdersRequest\x1a .services.v1.PlaceOrdersResponse\"\x14\xba\xe3\x18\x10\n\x0corders.place0\x01\x12\x66\n\x0b\x43\x61ncelOrder\x12\x1f.services.v1.CancelOrderRequest\x1a .services.v1.CancelOrderResponse\"\x14\xba\xe3\x18\x10\n\x0corders.place0\x01\x12\x66\n\x0bReturnOrder\x12\x1f.services.v1.ReturnOrderRequest\x1a .services.v1.ReturnOrderResponse\"\x14\xba\xe3\x18\x10\n\x0corders.place0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18services/v1/orders.proto\x12\x0bservices.v1\x1a\x1c\x61uthsvc/v1/annotations.proto\"#\n\x12PlaceOrdersRequest\x12\r\n\x05\x63ount\x18\x01 \x01(\x05\"&\n\x13PlaceOrdersResponse\x12\x0f\n\x07\x63harged\x18\x01 \x01(\x05\"&\n\x12\x43\x61ncelOrderRequest\x12\x10\n\x08order_id\x18\x01 \x01(\t\"\x15\n\x13\x43\x61ncelOrderResponse\"\x13\n\x11ListOrdersRequest\"&\n\x12ListOrdersResponse\x12\x10\n\x08\x61sked_by\x18\x01 \x01(\t\"&\n\x12ReturnOrderRequest\x12\x10\n\x08order_id\x18\x01 \x01(\t\"<\n\x13ReturnOrderResponse\x12\x13\n\x0brefunded_to\x18\x01 \x01(\t\x12\x10\n\x08\x61sked_by\x18\x02 \x01(\t2\xb7\x03\n\rOrdersService\x12\x66\n\x0bPlaceOrders\x12\x1f.services.v1.PlaceOrdersRequest\x1a .services.v1.PlaceOrdersResponse\"\x14\xba\xe3\x18\x10\n\x0corders.place0\x01\x12\x66\n\x0b\x43\x61ncelOrder\x12\x1f.services.v1.CancelOrderRequest\x1a .services.v1.CancelOrderResponse\"\x14\xba\xe3\x18\x10\n\x0corders.place0\x01\x12n\n\nListOrders\x12\x1e.services.v1.ListOrdersRequest\x1a\x1f.services.v1.ListOrdersResponse\"\x1f\xba\xe3\x18\x1b\n\x0corders.place\x12\x0borders.list\x12\x66\n\x0bReturnOrder\x12\x1f.services.v1.ReturnOrderRequest\x1a .services.v1.ReturnOrderResponse\"\x14\xba\xe3\x18\x10\n\x0corders.place0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,6 +36,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ORDERSSERVICE'].methods_by_name['PlaceOrders']._serialized_options = b'\272\343\030\020\n\014orders.place0\001'
   _globals['_ORDERSSERVICE'].methods_by_name['CancelOrder']._loaded_options = None
   _globals['_ORDERSSERVICE'].methods_by_name['CancelOrder']._serialized_options = b'\272\343\030\020\n\014orders.place0\001'
+  _globals['_ORDERSSERVICE'].methods_by_name['ListOrders']._loaded_options = None
+  _globals['_ORDERSSERVICE'].methods_by_name['ListOrders']._serialized_options = b'\272\343\030\033\n\014orders.place\022\013orders.list'
   _globals['_ORDERSSERVICE'].methods_by_name['ReturnOrder']._loaded_options = None
   _globals['_ORDERSSERVICE'].methods_by_name['ReturnOrder']._serialized_options = b'\272\343\030\020\n\014orders.place0\001'
   _globals['_PLACEORDERSREQUEST']._serialized_start=71
@@ -46,10 +48,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CANCELORDERREQUEST']._serialized_end=186
   _globals['_CANCELORDERRESPONSE']._serialized_start=188
   _globals['_CANCELORDERRESPONSE']._serialized_end=209
-  _globals['_RETURNORDERREQUEST']._serialized_start=211
-  _globals['_RETURNORDERREQUEST']._serialized_end=249
-  _globals['_RETURNORDERRESPONSE']._serialized_start=251
-  _globals['_RETURNORDERRESPONSE']._serialized_end=311
-  _globals['_ORDERSSERVICE']._serialized_start=314
-  _globals['_ORDERSSERVICE']._serialized_end=641
+  _globals['_LISTORDERSREQUEST']._serialized_start=211
+  _globals['_LISTORDERSREQUEST']._serialized_end=230
+  _globals['_LISTORDERSRESPONSE']._serialized_start=232
+  _globals['_LISTORDERSRESPONSE']._serialized_end=270
+  _globals['_RETURNORDERREQUEST']._serialized_start=272
+  _globals['_RETURNORDERREQUEST']._serialized_end=310
+  _globals['_RETURNORDERRESPONSE']._serialized_start=312
+  _globals['_RETURNORDERRESPONSE']._serialized_end=372
+  _globals['_ORDERSSERVICE']._serialized_start=375
+  _globals['_ORDERSSERVICE']._serialized_end=814
 # @@protoc_insertion_point(module_scope)

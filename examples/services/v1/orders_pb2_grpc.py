@@ -45,6 +45,11 @@ class OrdersServiceStub(object):
                 request_serializer=services_dot_v1_dot_orders__pb2.CancelOrderRequest.SerializeToString,
                 response_deserializer=services_dot_v1_dot_orders__pb2.CancelOrderResponse.FromString,
                 _registered_method=True)
+        self.ListOrders = channel.unary_unary(
+                '/services.v1.OrdersService/ListOrders',
+                request_serializer=services_dot_v1_dot_orders__pb2.ListOrdersRequest.SerializeToString,
+                response_deserializer=services_dot_v1_dot_orders__pb2.ListOrdersResponse.FromString,
+                _registered_method=True)
         self.ReturnOrder = channel.unary_unary(
                 '/services.v1.OrdersService/ReturnOrder',
                 request_serializer=services_dot_v1_dot_orders__pb2.ReturnOrderRequest.SerializeToString,
@@ -70,6 +75,13 @@ class OrdersServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListOrders(self, request, context):
+        """Lists the orders of the day, to a person who is permitted to see them at this moment.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReturnOrder(self, request, context):
         """Returns an order; billing refunds it to the caller, for whom orders acts.
         """
@@ -89,6 +101,11 @@ def add_OrdersServiceServicer_to_server(servicer, server):
                     servicer.CancelOrder,
                     request_deserializer=services_dot_v1_dot_orders__pb2.CancelOrderRequest.FromString,
                     response_serializer=services_dot_v1_dot_orders__pb2.CancelOrderResponse.SerializeToString,
+            ),
+            'ListOrders': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListOrders,
+                    request_deserializer=services_dot_v1_dot_orders__pb2.ListOrdersRequest.FromString,
+                    response_serializer=services_dot_v1_dot_orders__pb2.ListOrdersResponse.SerializeToString,
             ),
             'ReturnOrder': grpc.unary_unary_rpc_method_handler(
                     servicer.ReturnOrder,
@@ -151,6 +168,33 @@ class OrdersService(object):
             '/services.v1.OrdersService/CancelOrder',
             services_dot_v1_dot_orders__pb2.CancelOrderRequest.SerializeToString,
             services_dot_v1_dot_orders__pb2.CancelOrderResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListOrders(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/services.v1.OrdersService/ListOrders',
+            services_dot_v1_dot_orders__pb2.ListOrdersRequest.SerializeToString,
+            services_dot_v1_dot_orders__pb2.ListOrdersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,8 @@ class OrdersServiceStub:
     """Places orders; each is charged by a call to billing."""
     CancelOrder: _grpc.UnaryUnaryMultiCallable[_orders_pb2.CancelOrderRequest, _orders_pb2.CancelOrderResponse]
     """Cancels an order; billing refunds it, if orders may ask for that."""
+    ListOrders: _grpc.UnaryUnaryMultiCallable[_orders_pb2.ListOrdersRequest, _orders_pb2.ListOrdersResponse]
+    """Lists the orders of the day, to a person who is permitted to see them at this moment."""
     ReturnOrder: _grpc.UnaryUnaryMultiCallable[_orders_pb2.ReturnOrderRequest, _orders_pb2.ReturnOrderResponse]
     """Returns an order; billing refunds it to the caller, for whom orders acts."""
 
@@ -49,6 +51,8 @@ class OrdersServiceAsyncStub(OrdersServiceStub):
     """Places orders; each is charged by a call to billing."""
     CancelOrder: _aio.UnaryUnaryMultiCallable[_orders_pb2.CancelOrderRequest, _orders_pb2.CancelOrderResponse]  # type: ignore[assignment]
     """Cancels an order; billing refunds it, if orders may ask for that."""
+    ListOrders: _aio.UnaryUnaryMultiCallable[_orders_pb2.ListOrdersRequest, _orders_pb2.ListOrdersResponse]  # type: ignore[assignment]
+    """Lists the orders of the day, to a person who is permitted to see them at this moment."""
     ReturnOrder: _aio.UnaryUnaryMultiCallable[_orders_pb2.ReturnOrderRequest, _orders_pb2.ReturnOrderResponse]  # type: ignore[assignment]
     """Returns an order; billing refunds it to the caller, for whom orders acts."""
 
@@ -70,6 +74,14 @@ class OrdersServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_orders_pb2.CancelOrderResponse, _abc.Awaitable[_orders_pb2.CancelOrderResponse]]:
         """Cancels an order; billing refunds it, if orders may ask for that."""
+
+    @_abc_1.abstractmethod
+    def ListOrders(
+        self,
+        request: _orders_pb2.ListOrdersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orders_pb2.ListOrdersResponse, _abc.Awaitable[_orders_pb2.ListOrdersResponse]]:
+        """Lists the orders of the day, to a person who is permitted to see them at this moment."""
 
     @_abc_1.abstractmethod
     def ReturnOrder(
