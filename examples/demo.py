@@ -137,7 +137,8 @@ class Demo:
         password.write_text(PASSWORD)
         made = self.cli("user", "create", "alice", "--password-file", str(password))
         self.alice = made["user"]["user_id"]
-        self.cli("apply", "-f", str(HERE / "declared"), "--yes")
+        done = self.cli("apply", "-f", str(HERE / "declared"), "--yes")
+        print(f"    {done['applied']} changes made", flush=True)
         found = self.cli("client", "list")["clients"]
         self.clients = {each["metadata"]["client_name"]: each["client_id"] for each in found}
 
@@ -364,7 +365,8 @@ async def people(demo: Demo, steps: Steps, shop: Shop) -> None:
             await roles.UnassignRole(roles_pb2.UnassignRoleRequest(role_assignment=cashier))
             denied = Reason.INSUFFICIENT_PERMISSIONS
             call = partial(shop.list_orders, hers.access_token, mine)
-            notes.append(f"refused {await until_refused(call, denied):.1f} ms after the answer")
+            took = await until_refused(call, denied)
+            notes.append(f"{denied.name} {took:.1f} ms after UnassignRole had answered")
         with steps.step("and given back: the same token is good again"):
             await roles.AssignRole(roles_pb2.AssignRoleRequest(role_assignment=cashier))
             await shop.list_orders(hers.access_token, mine)

@@ -1,19 +1,19 @@
 """Declarative administration: what is declared against what is there, and the steps between them.
 
 Nothing is ever deleted, and an approval is the only decision about a client that is made here. All
-that is wrong is found before the first step.
+that is known to be wrong is found before the first step.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum, StrEnum, auto
-from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
+from operator import itemgetter
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from authsvc.model import ANY_AUDIENCE, SCOPE_ADMIN
 
-K = TypeVar("K")
-Value: TypeAlias = str | int | bool | tuple[Any, ...] | None
+Value: TypeAlias = str | bool | tuple[Any, ...]
 Fields: TypeAlias = Mapping[str, Value]
 
 
@@ -28,28 +28,26 @@ class Kind(StrEnum):
 
 
 class Type(Enum):
-    """What a field holds, and as which value."""
+    """What a field holds, and as which value; empty is "", or (), and for a flag False."""
 
     TEXT = auto()
     FLAG = auto()
     SPAN = auto()
-    """Whole seconds."""
+    """Text: seconds, such as 300s."""
     MOMENT = auto()
-    """Nanoseconds since the epoch."""
+    """Text: a whole second, as RFC 3339 in UTC."""
     TOKEN_FORMAT = auto()
     """Names of enums are lower-case texts."""
     GRANT_TYPES = auto()
     AUTH_METHODS = auto()
     NAMES = auto()
-    """A sorted tuple: the order says nothing."""
-    TEXTS = auto()
-    """A tuple in its own order."""
+    """A sorted tuple, as all that holds many: the order says nothing."""
     SCOPES = auto()
-    """A sorted tuple of names and descriptions."""
+    """Names and descriptions."""
     PERMISSIONS = auto()
-    """A sorted tuple of resource ids and names."""
+    """Resource ids and names."""
     CLIENT = auto()
-    """A client: as declared its name or identity, as found its id, in a plan its ClientKey."""
+    """A client: as declared its name or identity, as found its id, in a step its ClientKey."""
 
 
 SETS: Final = frozenset(
@@ -60,6 +58,8 @@ IDENTITIES: Final = (
     "tls_client_auth_san_dns",
     "tls_client_auth_subject_dn",
 )
+BOUND: Final = "tls_client_certificate_bound_access_tokens"
+ENDS: Final = "approval_expire_time"
 FIELDS: Final[Mapping[Kind, Mapping[str, Type]]] = {
     Kind.RESOURCE: {
         "display_name": Type.TEXT,
@@ -76,7 +76,7 @@ FIELDS: Final[Mapping[Kind, Mapping[str, Type]]] = {
         "client_name": Type.TEXT,
         **dict.fromkeys(IDENTITIES, Type.TEXT),
         "tls_client_auth_ca": Type.TEXT,
-        "tls_client_certificate_bound_access_tokens": Type.FLAG,
+        BOUND: Type.FLAG,
         "token_endpoint_auth_methods": Type.AUTH_METHODS,
         "grant_types": Type.GRANT_TYPES,
         "scopes": Type.NAMES,
@@ -84,17 +84,11 @@ FIELDS: Final[Mapping[Kind, Mapping[str, Type]]] = {
         "may_act": Type.CLIENT,
         "first_party": Type.FLAG,
         "redirect_uris": Type.NAMES,
-        "jwks": Type.TEXT,
-        "jwks_uri": Type.TEXT,
-        "contacts": Type.TEXTS,
-        "client_uri": Type.TEXT,
-        "logo_uri": Type.TEXT,
-        "policy_uri": Type.TEXT,
-        "tos_uri": Type.TEXT,
-        "software_id": Type.TEXT,
-        "software_version": Type.TEXT,
-        "software_statement": Type.TEXT,
-        "approval_expire_time": Type.MOMENT,
+        "contacts": Type.NAMES,
+        **dict.fromkeys(("jwks", "jwks_uri"), Type.TEXT),
+        **dict.fromkeys(("client_uri", "logo_uri", "policy_uri", "tos_uri"), Type.TEXT),
+        **dict.fromkeys(("software_id", "software_version", "software_statement"), Type.TEXT),
+        ENDS: Type.MOMENT,
     },
     Kind.ROLE: {
         "display_name": Type.TEXT,
@@ -106,22 +100,12 @@ FIELDS: Final[Mapping[Kind, Mapping[str, Type]]] = {
 """What can be changed of what is declared; the contract's names, but for `owner`, which holds the
 name of a client and no id.
 """
-KEPT: Final = frozenset({"tls_client_auth_ca", "approval_expire_time"})
+KEPT: Final = frozenset({"tls_client_auth_ca", ENDS})
 """The server or a reviewer chose them: where they are not declared they stay as they are."""
 
 PENDING, APPROVED, SUSPENDED, EXPIRED = "pending", "approved", "suspended", "expired"
-REJECTED = "rejected"
-STATES: Final = (APPROVED, PENDING, SUSPENDED, REJECTED, EXPIRED)
+REJECTED: Final = "rejected"
 _SECRET_METHODS: Final = frozenset({"client_secret_basic", "client_secret_post"})
-_RIGHTS: Final = frozenset({"scopes", "grant_types", "token_endpoint_auth_methods", "validates"})
-_PROOFS: Final = frozenset({"jwks", "may_act", "tls_client_auth_ca"})
-_EMPTY: Final[Mapping[Type, Value]] = {
-    **dict.fromkeys(Type, ""),
-    **dict.fromkeys((*SETS, Type.TEXTS), ()),
-    Type.FLAG: False,
-    Type.SPAN: None,
-    Type.MOMENT: None,
-}
 
 
 class ClientKey(NamedTuple):
@@ -132,7 +116,7 @@ class ClientKey(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """That someone holds a role; of a client or of a user, the other is None."""
+    """That someone holds a role: a client, or else a user."""
 
     role_id: str
     client: ClientKey | None
@@ -177,7 +161,6 @@ class Current:
     """Usernames that are declared -> ids of those who are there."""
     me: str = ""
     """Registrant of what is registered by who applies."""
-    now_ns: int = 0
 
     @property
     def own_resource(self) -> str:
@@ -224,11 +207,11 @@ class Step:
     etag: str = ""
 
 
-class Difference(NamedTuple):
-    """Of one field."""
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Of one field; clients by their names for people."""
 
     field: str
-    type: Type
     old: Value
     new: Value
 
@@ -244,7 +227,8 @@ class Change:
     notes: tuple[str, ...] = ()
 
 
-class Left(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Left:
     """A difference that is told, and not made."""
 
     kind: Kind
@@ -260,56 +244,63 @@ class Plan:
     steps: tuple[Step, ...]
     left: tuple[Left, ...]
     not_listed: tuple[tuple[Kind, str], ...]
-    """Kinds and names of what is there and not declared; assignments have a field of their own."""
-    not_listed_assignments: tuple[Assignment, ...]
+    """Kinds and names of what is there and not declared."""
     client_ids: Mapping[ClientKey, str]
     """Of the clients that are there."""
-    client_names: Mapping[ClientKey, str]
-    """For people."""
 
 
 def defaults(kind: Kind, given: Fields) -> Fields:
     """What the fields that are not given hold."""
-    whole: dict[str, Value] = {
-        name: _EMPTY[type_] for name, type_ in FIELDS[kind].items() if name not in KEPT
-    }
+    whole = {n: _empty(type_) for n, type_ in FIELDS[kind].items() if n not in KEPT}
     if kind is Kind.RESOURCE:
-        whole |= {"token_format": "jwt", "token_lifetime": 300}
+        whole |= {"token_format": "jwt", "token_lifetime": "300s"}
     elif kind is Kind.CLIENT:
         has_identity = any(given.get(name) for name in IDENTITIES)
         method = "tls_client_auth" if has_identity else "client_secret_post"
         whole |= {
             "grant_types": ("client_credentials",),
             "token_endpoint_auth_methods": (method,),
-            "tls_client_certificate_bound_access_tokens": has_identity,
+            BOUND: has_identity,
         }
     return whole
 
 
-def key_of(fields: Fields) -> ClientKey:
+def _empty(type_: Type) -> Value:
+    if type_ is Type.FLAG:
+        return False
+    return () if type_ in SETS else ""
+
+
+def key_of(client: Fields) -> ClientKey:
     """What a client is matched by: its certificate identity if it has one, else its name."""
-    for name in (*IDENTITIES, "client_name"):
-        if value := fields.get(name):
-            return ClientKey(name, str(value))
-    return ClientKey("client_name", "")
+    name = next((name for name in IDENTITIES if client.get(name)), "client_name")
+    return ClientKey(name, str(client[name]))
+
+
+def names_of(client: Fields) -> set[str]:
+    """The texts that may stand for a client."""
+    return {str(client["client_name"]), key_of(client).value}
 
 
 def needs_secret(client: Fields) -> bool:
     """Whether a method that it authenticates with needs one."""
-    return not _SECRET_METHODS.isdisjoint(_tuple(client.get("token_endpoint_auth_methods")))
+    return not _SECRET_METHODS.isdisjoint(_items(client["token_endpoint_auth_methods"]))
 
 
-def bearers(clients: Iterable[Found]) -> list[Found]:
-    """Of clients with one key, the one whose key it is; more where they cannot be told apart.
+_KEYS: Final[Mapping[Kind, Callable[[Fields], Any]]] = {
+    Kind.RESOURCE: itemgetter("resource_id"),
+    Kind.PERMISSION: itemgetter("resource_id", "name"),
+    Kind.CLIENT: key_of,
+    Kind.ROLE: itemgetter("role_id"),
+    Kind.ASSIGNMENT: lambda fields: tuple(sorted(fields.items())),
+}
+"""What an object is matched by."""
 
-    Who was turned away, or never let in, left it to others.
-    """
-    ranked: dict[int, list[Found]] = defaultdict(list)
-    for client in clients:
-        never_let_in = client.state == EXPIRED and not client.was_reviewed
-        ranked[2 if client.state == REJECTED else int(never_let_in)].append(client)
-    best = min(ranked, default=0)
-    return ranked[best][: 1 if best == 2 else None]
+
+def permission_name(key: tuple[str, str]) -> str:
+    """As commands take it."""
+    resource_id, name = key
+    return f"{name}@{resource_id}"
 
 
 def plan(declared: Sequence[Declared], current: Current) -> Plan:
@@ -326,320 +317,238 @@ class _Planner:
         self._problems: list[Problem] = []
         self._changes: list[Change] = []
         self._left: list[Left] = []
-        self._resources = self._unique(declared, Kind.RESOURCE, lambda f: str(f["resource_id"]))
-        self._permissions = self._unique(
-            declared, Kind.PERMISSION, lambda f: (str(f["resource_id"]), str(f["name"]))
-        )
-        self._roles = self._unique(declared, Kind.ROLE, lambda f: str(f["role_id"]))
-        self._clients = self._unique(declared, Kind.CLIENT, key_of)
-        self._assignments = [each for each in declared if each.kind is Kind.ASSIGNMENT]
-        self._own_elsewhere = {
-            id_
-            for id_, each in self._resources.items()
-            if id_ != self._own and SCOPE_ADMIN in dict(_pairs(each.fields.get("scopes")))
-        }
-        """authsvc itself, as another deployment exported it."""
-        for id_ in self._own_elsewhere:
-            del self._resources[id_]
-            self._left.append(Left(Kind.RESOURCE, id_, f"authsvc itself is {self._own} here"))
+        self._later: list[Step] = []
+        """Updates that name clients whom an earlier step registers."""
+        self._declared: dict[Kind, dict[Any, Declared]] = {kind: {} for kind in Kind}
+        for each in declared:
+            first = self._declared[each.kind].setdefault(_KEYS[each.kind](each.fields), each)
+            if first is not each:
+                self._problem(each, f"this {each.kind} is declared at {first.place} already")
+        self._clients: dict[ClientKey, Declared] = self._declared[Kind.CLIENT]
+        # What is there once all is applied.
+        self._resources = {*current.resources, *self._declared[Kind.RESOURCE]}
+        self._permissions = {*current.permissions, *self._declared[Kind.PERMISSION]}
+        self._roles = {*current.roles, *self._declared[Kind.ROLE]}
+        self._usernames = {id_: name for name, id_ in current.users.items()}
         self._there: dict[ClientKey, Found] = {}
+        """All clients of the server: those that are not declared by their ids."""
         self._key_of_id: dict[str, ClientKey] = {}
-        self._index_clients()
+        self._held: set[Assignment] = set()
+        self._wanted: dict[Assignment, Declared] = {}
+        self._match_clients()
+        self._owner_of_scope = self._scope_owners()
 
     def plan(self) -> Plan:
         """Raises Refused with all problems."""
-        self._owner_of_scope = self._scope_owners()
-        resources, owners = self._plan_resources()
-        permissions = self._plan_permissions()
-        clients = self._plan_clients()
-        roles = self._plan_roles()
-        assignments = self._plan_assignments()
+        steps = (
+            *self._plan_resources(),
+            *self._plan_permissions(),
+            *self._plan_clients(),
+            *self._plan_roles(),
+            *self._plan_assignments(),
+        )
         if self._problems:
             raise Refused(self._problems)
-        order = list(Kind)
         return Plan(
-            changes=tuple(sorted(self._changes, key=lambda change: order.index(change.kind))),
-            steps=(*resources, *permissions, *clients, *owners, *roles, *assignments),
+            changes=tuple(self._changes),
+            steps=steps,
             left=tuple(self._left),
             not_listed=tuple(self._not_listed()),
-            not_listed_assignments=tuple(sorted(self._held - self._wanted.keys(), key=_order)),
-            client_ids={key: found.client_id for key, found in self._found_by_key.items()},
-            client_names={
-                key: self._client_name(key) for key in self._found_by_key.keys() | self._clients
-            },
+            client_ids={key: found.client_id for key, found in self._there.items()},
         )
-
-    # --- what is declared, and whom it names ---
 
     def _problem(self, declared: Declared, text: str) -> None:
         self._problems.append(Problem(declared.place, text))
 
-    def _unique(
-        self, declared: Sequence[Declared], kind: Kind, key: Callable[[Fields], K]
-    ) -> dict[K, Declared]:
-        found: dict[K, Declared] = {}
-        for each in declared:
-            if each.kind is kind:
-                first = found.setdefault(key(each.fields), each)
-                if first is not each:
-                    self._problem(each, f"this {kind} is declared at {first.place} already")
-        return found
+    # --- which client is which ---
 
-    def _index_clients(self) -> None:
-        """Which clients of the server are the declared ones, and who is known by which text."""
+    def _match_clients(self) -> None:
         groups: dict[ClientKey, list[Found]] = defaultdict(list)
         for found in self._now.clients:
-            groups[key_of(found.fields)].append(found)
+            # Who was never let in has left its identity to others.
+            if found.state != EXPIRED or found.was_reviewed:
+                groups[key_of(found.fields)].append(found)
         for key, declared in self._clients.items():
             if sum(bool(declared.fields.get(name)) for name in IDENTITIES) > 1:
                 self._problem(declared, f"{', '.join(IDENTITIES)} exclude each other")
-            best = bearers(groups.get(key, ()))
+            group = groups[key]
+            best = [found for found in group if found.state != REJECTED] or group[:1]
             if len(best) > 1:
                 ids = ", ".join(found.client_id for found in best)
                 self._problem(declared, f"more than one client has this {key.field}: {ids}")
             elif best:
-                self._there[key] = best[0]
                 self._key_of_id[best[0].client_id] = key
-        self._found_by_key = dict(self._there)
-        self._texts: dict[str, set[ClientKey]] = defaultdict(set)
-        """Declared clients by their names and identities."""
+        self._called: dict[str, set[ClientKey]] = defaultdict(set)
+        """Declared clients by what they are called."""
         for key, declared in self._clients.items():
-            self._texts[key.value].add(key)
-            self._texts[str(declared.fields["client_name"])].add(key)
+            for text in names_of(declared.fields):
+                self._called[text].add(key)
         self._others: dict[str, set[ClientKey]] = defaultdict(set)
-        """The others who are let in: nobody takes a name by asking for it."""
+        """Clients by id, and those not declared who are let in by what they are called: nobody
+        takes a name by asking for it.
+        """
         for found in self._now.clients:
             by_id = ClientKey("client_id", found.client_id)
             key = self._key_of_id.setdefault(found.client_id, by_id)
+            self._there[key] = found
             self._others[found.client_id].add(key)
-            if key == by_id:
-                self._found_by_key[key] = found
-                if found.state in (APPROVED, SUSPENDED):
-                    self._others[str(found.fields["client_name"])].add(key)
-                    self._others[key_of(found.fields).value].add(key)
+            if key == by_id and found.state in (APPROVED, SUSPENDED):
+                for text in names_of(found.fields):
+                    self._others[text].add(key)
 
-    def _client(self, declared: Declared, name: str, text: str) -> ClientKey | None:
-        """The client that a text means."""
-        found = self._texts.get(text) or self._others.get(text) or set()
-        if len(found) > 1:
+    def _client(self, declared: Declared, name: str) -> ClientKey | None:
+        """The client that a field means; None, and a problem, where it means none or many."""
+        text = str(declared.fields[name])
+        found = self._called.get(text) or self._others.get(text) or set()
+        if len(found) == 1:
+            return next(iter(found))
+        if found:
             self._problem(declared, f"{name}: {text} is more than one client; use an identity")
-        elif not found:
+        else:
             self._problem(declared, f"{name}: no such client: {text}")
-        return next(iter(found)) if len(found) == 1 else None
+        return None
 
     def _client_name(self, key: ClientKey) -> str:
-        if key in self._clients:
-            fields = self._clients[key].fields
-        elif key in self._found_by_key:
-            fields = self._found_by_key[key].fields
-        else:
+        """For people."""
+        if key not in self._clients and key not in self._there:
             return key.value
-        identity = key_of(fields)
-        name = str(fields.get("client_name"))
+        fields = (self._clients.get(key) or self._there[key]).fields
+        name, identity = str(fields["client_name"]), key_of(fields)
         return name if identity.field == "client_name" else f"{name} ({identity.value})"
 
-    def _is_to_be(self, key: ClientKey) -> bool:
-        """Whether a client is there, or will be."""
-        return key in self._found_by_key or _state(self._clients[key]) in (APPROVED, PENDING)
+    # --- one object ---
 
-    # --- resources ---
+    def _want(self, declared: Declared) -> dict[str, Value]:
+        """Its fields, whole, with clients by key."""
+        types = FIELDS[declared.kind]
+        given = {name: value for name, value in declared.fields.items() if name in types}
+        for name, value in given.items():
+            if types[name] is Type.CLIENT and value:
+                given[name] = self._client(declared, name) or ""
+        return {**defaults(declared.kind, given), **given}
+
+    def _compare(
+        self, kind: Kind, name: str, found: Found | None, want: Fields
+    ) -> dict[str, Value]:
+        """What is to be written, of a new object whole; told, unless nothing changes."""
+        old = found.fields if found else defaults(kind, want)
+        changed: dict[str, Value] = {}
+        told = []
+        for each, type_ in FIELDS[kind].items():
+            was = old.get(each, "")
+            if type_ is Type.CLIENT:
+                was = self._key_of_id.get(str(was), "")
+            if each in want and was != want[each]:
+                changed[each] = want[each]
+                told.append(Difference(each, self._told(was), self._told(want[each])))
+        notes = tuple(_notes(found, want, told)) if kind is Kind.CLIENT else ()
+        if told or notes or not found:
+            self._changes.append(Change(not found, kind, name, tuple(told), notes))
+        if found:
+            return changed
+        # Said whole, so that nothing rests on the server's defaults.
+        return {each: value for each, value in want.items() if value not in ("", ())}
+
+    def _told(self, value: Value) -> Value:
+        return self._client_name(value) if isinstance(value, ClientKey) else value
+
+    def _step(
+        self, kind: Kind, key: Any, name: str, found: Found | None, fields: Fields
+    ) -> list[Step]:
+        """One that creates or updates it; who is not registered yet is named in a later one."""
+        verb, etag = (Verb.UPDATE, found.etag) if found else (Verb.CREATE, "")
+        now = {}
+        for each, value in fields.items():
+            if isinstance(value, ClientKey) and value not in self._there:
+                self._later.append(Step(Verb.UPDATE, kind, key, name, {each: value}, etag))
+            else:
+                now[each] = value
+        return [Step(verb, kind, key, name, now, etag)] if now or not found else []
+
+    # --- resources and permissions ---
 
     def _scope_owners(self) -> dict[str, str]:
         """Scope -> its resource, once all is applied."""
-        owners: dict[str, str] = {}
-        for id_, found in self._now.resources.items():
-            if id_ == self._own or id_ not in self._resources:
-                owners |= dict.fromkeys(_scopes(found), id_)
-        for id_, declared in self._resources.items():
-            if id_ == self._own:
-                continue
-            for scope, _ in _pairs(declared.fields.get("scopes")):
+        declared = self._declared[Kind.RESOURCE]
+        there = self._now.resources.items()
+        owners = {scope: id_ for id_, f in there if id_ not in declared for scope in _scopes(f)}
+        for id_, each in declared.items():
+            for scope, _ in _items(each.fields.get("scopes", ())):
                 other = owners.setdefault(scope, id_)
                 if other != id_:
-                    self._problem(declared, f"scopes: {scope} is defined by {other}")
+                    self._problem(each, f"scopes: {scope} is defined by {other}")
         return owners
 
-    def _has_resource(self, id_: str) -> bool:
-        return id_ in self._now.resources or id_ in self._resources
-
-    def _plan_resources(self) -> tuple[list[Step], list[Step]]:
-        """All but the owners who are registered first, and those."""
+    def _plan_resources(self) -> list[Step]:
         releases: list[Step] = []
+        """Scopes that move are given up before anybody takes one."""
         steps: list[Step] = []
-        owners: list[Step] = []
-        for id_, declared in self._resources.items():
-            found = self._now.resources.get(id_)
-            want = self._want(declared)
-            if owner := want["owner"]:
-                key = self._client(declared, "owner", str(owner))
-                want["owner"] = key
-                if key is not None and not self._is_to_be(key):
-                    text = f"owner: {self._client_name(key)} is not there"
-                    self._left.append(Left(Kind.RESOURCE, id_, text))
-                    want["owner"] = self._owner(found)
+        for id_, declared in self._declared[Kind.RESOURCE].items():
             if id_ == self._own:
-                assert found is not None
-                for each in self._differences(Kind.RESOURCE, self._resource(found), want):
-                    text = f"{each.field} differs; apply does not change authsvc itself"
-                    self._left.append(Left(Kind.RESOURCE, id_, text))
+                self._problem(declared, "this is authsvc itself: declare permissions on it alone")
                 continue
-            change = self._change(
-                Kind.RESOURCE, id_, self._resource(found) if found else None, want
-            )
-            if change is None:
-                continue
-            self._changes.append(change)
-            fields = {each.field: each.new for each in change.fields}
-            later = {
-                name: value
-                for name, value in fields.items()
-                if isinstance(value, ClientKey) and value not in self._found_by_key
-            }
-            now = {name: value for name, value in fields.items() if name not in later}
-            etag = found.etag if found else ""
-            if found and (moved := self._moved(id_, found, want)):
-                releases.append(Step(Verb.UPDATE, Kind.RESOURCE, id_, id_, moved, etag))
-            if now or not found:
-                verb = Verb.UPDATE if found else Verb.CREATE
-                steps.append(Step(verb, Kind.RESOURCE, id_, id_, now, etag))
-            if later:
-                owners.append(Step(Verb.UPDATE, Kind.RESOURCE, id_, id_, later, etag))
-        return releases + steps, owners
-
-    def _moved(self, id_: str, found: Found, want: Fields) -> Fields:
-        """What remains of its scopes while others take theirs from it; empty where none do."""
-        wanted = dict(_pairs(want["scopes"]))
-        gone = {
-            scope
-            for scope in _scopes(found)
-            if scope not in wanted and self._owner_of_scope.get(scope, id_) != id_
-        }
-        if not gone:
-            return {}
-        kept = (pair for pair in _pairs(found.fields["scopes"]) if pair[0] not in gone)
-        return {"scopes": tuple(kept)}
-
-    def _resource(self, found: Found) -> Fields:
-        """Its fields, its owner by key."""
-        return {**found.fields, "owner": self._owner(found)}
-
-    def _owner(self, found: Found | None) -> Value:
-        return self._key_of_id.get(str(found.fields["owner"]), "") if found else ""
-
-    # --- permissions ---
+            want, found = self._want(declared), self._now.resources.get(id_)
+            if found:
+                scopes = _items(found.fields["scopes"])
+                kept = tuple(s for s in scopes if self._owner_of_scope.get(s[0], id_) == id_)
+                if kept != scopes:
+                    releases += self._step(Kind.RESOURCE, id_, id_, found, {"scopes": kept})
+            fields = self._compare(Kind.RESOURCE, id_, found, want)
+            steps += self._step(Kind.RESOURCE, id_, id_, found, fields)
+        return releases + steps
 
     def _plan_permissions(self) -> list[Step]:
-        steps = []
-        for key, declared in self._permissions.items():
-            resource_id, _ = key
-            name, text = permission_name(key), str(declared.fields.get("description", ""))
-            if resource_id in self._own_elsewhere:
-                self._left.append(
-                    Left(Kind.PERMISSION, name, f"authsvc itself is {self._own} here")
-                )
-            elif not self._has_resource(resource_id):
-                self._problem(declared, f"no such resource: {resource_id}")
-            elif key not in self._now.permissions:
-                fields: Fields = {"description": text}
-                shown = (Difference("description", Type.TEXT, "", text),) if text else ()
-                self._changes.append(Change(True, Kind.PERMISSION, name, shown))
-                steps.append(Step(Verb.CREATE, Kind.PERMISSION, key, name, fields))
-            elif (old := self._now.permissions[key]) != text:
-                why = f"description is {old!r}: a permission's never changes"
-                self._left.append(Left(Kind.PERMISSION, name, why))
+        steps: list[Step] = []
+        for key, declared in self._declared[Kind.PERMISSION].items():
+            name, want = permission_name(key), self._want(declared)
+            old = self._now.permissions.get(key)
+            if key[0] not in self._resources:
+                self._problem(declared, f"no such resource: {key[0]}")
+            elif old is None:
+                fields = self._compare(Kind.PERMISSION, name, None, want)
+                steps += self._step(Kind.PERMISSION, key, name, None, fields)
+            elif old != want["description"]:
+                text = f"description is {old!r}: a permission's never changes"
+                self._left.append(Left(Kind.PERMISSION, name, text))
         return steps
-
-    def _has_permission(self, key: tuple[str, str]) -> bool:
-        if key in self._now.permissions:
-            return True
-        return key in self._permissions and key[0] not in self._own_elsewhere
 
     # --- clients ---
 
     def _plan_clients(self) -> list[Step]:
-        new: dict[ClientKey, dict[str, Value]] = {}
-        secrets: list[Step] = []
-        updates: list[Step] = []
-        approvals: list[Step] = []
+        made: list[Step] = []
+        changed: list[Step] = []
+        renewed: list[Step] = []
+        approved: list[Step] = []
         for key, declared in self._clients.items():
-            want, found = self._want_client(key, declared), self._there.get(key)
-            state, name = _state(declared), self._client_name(key)
-            if found is None and state not in (APPROVED, PENDING):
-                text = f"it is not there, and apply registers none to be {state}"
+            name, found = self._client_name(key), self._there.get(key)
+            if found and found.state not in (PENDING, APPROVED):
+                text = f"it is {found.state}, and left as it is"
                 self._left.append(Left(Kind.CLIENT, name, text))
                 continue
-            if found is not None and found.state == REJECTED:
-                if state != REJECTED:
-                    self._left.append(Left(Kind.CLIENT, name, "rejected for good; register anew"))
+            want = self._want(declared)
+            for scope in _items(want["scopes"]):
+                if scope not in self._owner_of_scope:
+                    self._problem(declared, f"scopes: no resource defines {scope}")
+            for audience in _items(want["validates"]):
+                if audience != ANY_AUDIENCE and audience not in self._resources:
+                    self._problem(declared, f"validates: no such resource: {audience}")
+            fields = self._compare(Kind.CLIENT, name, found, want)
+            waits = found is None or found.state == PENDING
+            ends = {ENDS: fields.pop(ENDS)} if waits and ENDS in fields else {}
+            (changed if found else made).extend(self._step(Kind.CLIENT, key, name, found, fields))
+            if not waits:
                 continue
-            approves = self._approves(declared, name, found, state)
-            if found and not approves and found.state not in (APPROVED, SUSPENDED):
-                want.pop("approval_expire_time", None)
-            change = self._client_change(name, found, want, approves=approves)
-            if found is None:
-                new[key] = want
-            elif change is not None:
-                fields = {each.field: each.new for each in change.fields if each.field != "state"}
-                if approves:
-                    fields.pop("approval_expire_time", None)
-                if fields:
-                    updates.append(Step(Verb.UPDATE, Kind.CLIENT, key, name, fields, found.etag))
-                if approves and needs_secret(want) and found.state == PENDING:
-                    fields, etag = {"client_name": want["client_name"]}, found.etag
-                    secrets.append(Step(Verb.RENEW_SECRET, Kind.CLIENT, key, name, fields, etag))
-            if change is not None:
-                self._changes.append(change)
-            if approves:
-                ends: Fields = {"approval_expire_time": want.get("approval_expire_time")}
-                etag = found.etag if found else ""
-                approvals.append(Step(Verb.APPROVE, Kind.CLIENT, key, name, ends, etag))
-        registrations, later = self._registrations(new)
-        return [*registrations, *later, *updates, *secrets, *approvals]
+            etag = found.etag if found else ""
+            if found:
+                self._require_ours(declared, found, want)
+                if needs_secret(want):
+                    told = {"client_name": want["client_name"]}
+                    renewed.append(Step(Verb.RENEW_SECRET, Kind.CLIENT, key, name, told, etag))
+            approved.append(Step(Verb.APPROVE, Kind.CLIENT, key, name, ends, etag))
+        return [*made, *self._later, *changed, *renewed, *approved]
 
-    def _want_client(self, key: ClientKey, declared: Declared) -> dict[str, Value]:
-        want, found = self._want(declared), self._there.get(key)
-        old = found.fields if found is not None else {}
-        known = {name: set(_tuple(old.get(name))) for name in ("scopes", "validates")}
-        state = _state(declared)
-        approves = state == APPROVED and (found is None or found.state in (PENDING, EXPIRED))
-        for scope in _tuple(want["scopes"]):
-            if scope not in self._owner_of_scope and (approves or scope not in known["scopes"]):
-                self._problem(declared, f"scopes: no resource defines {scope}")
-        for audience in _tuple(want["validates"]):
-            if audience in known["validates"] or audience == ANY_AUDIENCE:
-                continue
-            if not self._has_resource(audience):
-                self._problem(declared, f"validates: no such resource: {audience}")
-        if may_act := want["may_act"]:
-            actor = self._client(declared, "may_act", str(may_act))
-            want["may_act"] = actor
-            if actor is not None and not self._is_to_be(actor):
-                self._problem(declared, f"may_act: {may_act} is not there, and not registered")
-        ends = want.get("approval_expire_time")
-        if isinstance(ends, int) and ends <= self._now.now_ns and state == APPROVED:
-            self._problem(declared, "approval_expire_time: is in the past")
-        return want
-
-    def _approves(self, declared: Declared, name: str, found: Found | None, state: str) -> bool:
-        """Whether a step lets the client in; tells of other states that differ."""
-        if found is None:
-            return state == APPROVED
-        if state == found.state:
-            return False
-        if state != APPROVED or found.state not in (PENDING, EXPIRED):
-            self._left.append(Left(Kind.CLIENT, name, f"state: it is {found.state}, not {state}"))
-            return False
-        ends = found.fields.get("approval_expire_time")
-        if (
-            found.state == EXPIRED
-            and ends is not None
-            and not declared.fields.get("approval_expire_time")
-        ):
-            text = "state: its approval is over; declare a new approval_expire_time"
-            self._left.append(Left(Kind.CLIENT, name, text))
-            return False
-        # Another who registered it may hold its secret, or have chosen its name.
-        want = self._want(declared)
+    def _require_ours(self, declared: Declared, found: Found, want: Fields) -> None:
+        """Another who registered it may hold its secret, or have chosen its name."""
         by_name = key_of(want).field == "client_name"
         if found.registrant != self._now.me and (by_name or needs_secret(want)):
             self._problem(
@@ -647,200 +556,116 @@ class _Planner:
                 f"{found.client_id} was registered by {found.registrant}, who may hold its secret:"
                 " approve or reject it yourself",
             )
-        return True
 
-    def _client_change(
-        self, name: str, found: Found | None, want: Fields, *, approves: bool
-    ) -> Change | None:
-        old = None
-        if found is not None:
-            actor = self._key_of_id.get(str(found.fields["may_act"]), "")
-            old = {**found.fields, "may_act": actor}
-        change = self._change(Kind.CLIENT, name, old, want)
-        notes: list[str] = []
-        if found is None:
-            if needs_secret(want):
-                notes.append("with a secret")
-            if not approves:
-                notes.append("waits for its review")
-        else:
-            if approves:
-                change = change or Change(False, Kind.CLIENT, name)
-                state = Difference("state", Type.TEXT, found.state, APPROVED)
-                change = replace(change, fields=(*change.fields, state))
-                notes.append(f"registered by {found.registrant}")
-            if change and found.state == APPROVED and _cuts_off(change.fields):
-                notes.append("its tokens are cut off")
-            if needs_secret(want) and not needs_secret(found.fields) and found.state != PENDING:
-                notes.append(f"needs a secret: authsvc client rotate-secret {found.client_id}")
-        return change and replace(change, notes=tuple(notes))
-
-    def _registrations(
-        self, new: Mapping[ClientKey, Mapping[str, Value]]
-    ) -> tuple[list[Step], list[Step]]:
-        """Each after the client that may act for it; where they name each other in a ring, one of
-        them is told later, before it is let in.
-        """
-        steps: list[Step] = []
-        later: list[Step] = []
-        done: set[ClientKey] = set()
-        for start in new:
-            chain: dict[ClientKey, None] = {}
-            key: Any = start
-            while key in new and key not in done and key not in chain:
-                chain[key] = None
-                key = new[key].get("may_act")
-            last = next(reversed(chain)) if key in chain else None
-            for each in reversed(chain):
-                fields = {name: value for name, value in new[each].items() if value is not None}
-                name = self._client_name(each)
-                if each == last:
-                    late = {"may_act": fields.pop("may_act")}
-                    later.append(Step(Verb.UPDATE, Kind.CLIENT, each, name, late))
-                fields.pop("approval_expire_time", None)
-                steps.append(Step(Verb.CREATE, Kind.CLIENT, each, name, fields))
-            done.update(chain)
-        return steps, later
-
-    # --- roles ---
+    # --- roles and assignments ---
 
     def _plan_roles(self) -> list[Step]:
-        steps = []
-        for id_, declared in self._roles.items():
+        steps: list[Step] = []
+        for id_, declared in self._declared[Kind.ROLE].items():
             want, found = self._want(declared), self._now.roles.get(id_)
-            for key in _tuple(want["permissions"]):
-                if not self._has_permission(key):
+            for key in _items(want["permissions"]):
+                if key not in self._permissions:
                     text = f"permissions: no such permission: {permission_name(key)}"
                     self._problem(declared, text)
-            change = self._change(Kind.ROLE, id_, found.fields if found else None, want)
-            if change is not None:
-                self._changes.append(change)
-                fields = {each.field: each.new for each in change.fields}
-                verb, etag = (Verb.UPDATE, found.etag) if found else (Verb.CREATE, "")
-                steps.append(Step(verb, Kind.ROLE, id_, id_, fields, etag))
+            fields = self._compare(Kind.ROLE, id_, found, want)
+            steps += self._step(Kind.ROLE, id_, id_, found, fields)
         return steps
 
-    # --- assignments ---
-
     def _plan_assignments(self) -> list[Step]:
-        self._held = {
-            each._replace(
-                client=each.client and self._key_of_id.get(each.client.value, each.client)
-            )
-            for each in self._now.assignments
-        }
-        self._wanted: dict[Assignment, Declared] = {}
+        for each in self._now.assignments:
+            key = each.client and self._key_of_id.get(each.client.value, each.client)
+            self._held.add(each._replace(client=key))
         steps = []
-        for declared in self._assignments:
+        for declared in self._declared[Kind.ASSIGNMENT].values():
             asked = self._assignment(declared)
             if asked is None:
                 continue
             first = self._wanted.setdefault(asked, declared)
             if first is not declared:
                 self._problem(declared, f"this assignment is declared at {first.place} already")
-            holder = f"user {declared.fields.get('user')}"
-            if asked.client is not None:
-                holder = f"client {self._client_name(asked.client)}"
-            name = assignment_name(asked, holder)
-            if asked.client is not None and not self._is_to_be(asked.client):
-                self._left.append(Left(Kind.ASSIGNMENT, name, "the client is not there"))
-            elif asked not in self._held:
+            if asked not in self._held:
+                name = self._assignment_name(asked)
                 self._changes.append(Change(True, Kind.ASSIGNMENT, name))
                 steps.append(Step(Verb.CREATE, Kind.ASSIGNMENT, asked, name))
         return steps
 
     def _assignment(self, declared: Declared) -> Assignment | None:
-        """With its problems told."""
+        """None, and problems, where there can be none."""
         fields, before = declared.fields, len(self._problems)
         role_id, resource_id = str(fields["role_id"]), str(fields.get("resource_id", ""))
-        user, client = str(fields.get("user", "")), str(fields.get("client", ""))
-        if role_id not in self._roles and role_id not in self._now.roles:
+        user = str(fields.get("user", ""))
+        if role_id not in self._roles:
             self._problem(declared, f"no such role: {role_id}")
-        if resource_id and not self._has_resource(resource_id):
+        if resource_id and resource_id not in self._resources:
             self._problem(declared, f"no such resource: {resource_id}")
-        if bool(user) is bool(client):
+        if bool(user) is bool(fields.get("client")):
             self._problem(declared, "one of user and client holds it")
-        user_id = self._now.users.get(user, "")
-        if user and not user_id:
+        if user and user not in self._now.users:
             self._problem(declared, f"no such user: {user}")
-        key = self._client(declared, "client", client) if client else None
+        key = self._client(declared, "client") if fields.get("client") else None
         if len(self._problems) > before:
             return None
-        return Assignment(role_id, key, user_id, resource_id)
+        return Assignment(role_id, key, self._now.users.get(user, ""), resource_id)
 
-    # --- all kinds ---
+    def _assignment_name(self, assignment: Assignment) -> str:
+        role_id, client, user_id, resource_id = assignment
+        holder = f"user {self._usernames.get(user_id, user_id)}"
+        if client is not None:
+            holder = f"client {self._client_name(client)}"
+        return f"{role_id} to {holder}" + (f" on {resource_id}" if resource_id else "")
 
-    def _want(self, declared: Declared) -> dict[str, Value]:
-        """The fields of one object, whole."""
-        own = {n: v for n, v in declared.fields.items() if n in FIELDS[declared.kind]}
-        return {**defaults(declared.kind, own), **own}
-
-    def _differences(self, kind: Kind, old: Fields, new: Fields) -> Iterator[Difference]:
-        for name, type_ in FIELDS[kind].items():
-            if name in new and old.get(name) != new[name]:
-                yield Difference(name, type_, old.get(name), new[name])
-
-    def _change(self, kind: Kind, name: str, old: Fields | None, new: Fields) -> Change | None:
-        """None where nothing differs."""
-        empty = {**defaults(kind, new), **dict.fromkeys(KEPT)}
-        found = tuple(self._differences(kind, old if old is not None else empty, new))
-        return Change(old is None, kind, name, found) if found or old is None else None
+    # --- what is not listed ---
 
     def _not_listed(self) -> Iterator[tuple[Kind, str]]:
-        for id_ in sorted(self._now.resources.keys() - self._resources.keys() - {self._own}):
-            yield Kind.RESOURCE, id_
-        for key in sorted(self._now.permissions.keys() - self._permissions.keys()):
-            yield Kind.PERMISSION, permission_name(key)
-        others = (
-            f"{self._client_name(key)}{'' if found.state == APPROVED else f', {found.state}'}"
-            for key, found in self._found_by_key.items()
-            if key.field == "client_id" and key_of(found.fields) not in self._clients
-        )
-        for name in sorted(others):
-            yield Kind.CLIENT, name
-        for id_ in sorted(self._now.roles.keys() - self._roles.keys()):
-            yield Kind.ROLE, id_
+        now, declared = self._now, self._declared
+        names: dict[Kind, Iterable[str]] = {
+            Kind.RESOURCE: now.resources.keys() - declared[Kind.RESOURCE].keys() - {self._own},
+            Kind.PERMISSION: map(
+                permission_name, now.permissions.keys() - declared[Kind.PERMISSION].keys()
+            ),
+            Kind.CLIENT: (
+                self._client_name(key) + ("" if found.state == APPROVED else f", {found.state}")
+                for key, found in self._there.items()
+                if key_of(found.fields) not in self._clients
+            ),
+            Kind.ROLE: now.roles.keys() - declared[Kind.ROLE].keys(),
+            Kind.ASSIGNMENT: map(self._assignment_name, self._held - self._wanted.keys()),
+        }
+        for kind, each in names.items():
+            for name in sorted(each):
+                yield kind, name
 
 
-def permission_name(key: tuple[str, str]) -> str:
-    """As commands take it."""
-    resource_id, name = key
-    return f"{name}@{resource_id}"
+def _notes(found: Found | None, want: Fields, differences: Iterable[Difference]) -> Iterator[str]:
+    """What else becomes of a client."""
+    if found is None:
+        if needs_secret(want):
+            yield "with a secret"
+    elif found.state == PENDING:
+        yield f"let in, registered by {found.registrant}"
+        if needs_secret(want):
+            yield "with another secret"
+    else:
+        if any(map(_takes_away, differences)):
+            yield "its tokens are cut off"
+        if needs_secret(want) and not needs_secret(found.fields):
+            yield f"needs a secret: authsvc client rotate-secret {found.client_id}"
 
 
-def assignment_name(assignment: Assignment, holder: str) -> str:
-    """For people."""
-    where = f" on {assignment.resource_id}" if assignment.resource_id else ""
-    return f"{assignment.role_id} to {holder}{where}"
+def _takes_away(difference: Difference) -> bool:
+    """As oauth.registration.shrinks."""
+    name, old, new = difference.field, difference.old, difference.new
+    if name in ("scopes", "grant_types", "token_endpoint_auth_methods", "validates"):
+        return bool({*_items(old)} - {*_items(new)})
+    if name in (BOUND, "first_party"):
+        return bool(new if name == BOUND else old)
+    return name in ("jwks", "may_act", "tls_client_auth_ca")
 
 
-def _order(assignment: Assignment) -> tuple[str, ...]:
-    return tuple(map(str, assignment))
-
-
-def _cuts_off(differences: Iterable[Difference]) -> bool:
-    """Whether a change of a client takes something away (oauth.registration.shrinks)."""
-    for name, _, old, new in differences:
-        if name == "tls_client_certificate_bound_access_tokens":
-            found = bool(new)
-        else:
-            found = name in _PROOFS or bool(name in _RIGHTS and {*_tuple(old)} - {*_tuple(new)})
-        if found:
-            return True
-    return False
-
-
-def _state(declared: Declared) -> str:
-    return str(declared.fields.get("state", APPROVED))
-
-
-def _tuple(value: Value) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else ()
-
-
-def _pairs(value: Value) -> tuple[tuple[str, str], ...]:
-    return _tuple(value)
+def _items(value: Value) -> tuple[Any, ...]:
+    assert isinstance(value, tuple)
+    return value
 
 
 def _scopes(resource: Found) -> list[str]:
-    return [name for name, _ in _pairs(resource.fields["scopes"])]
+    return [name for name, _ in _items(resource.fields["scopes"])]

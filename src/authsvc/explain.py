@@ -17,6 +17,7 @@ from authsvc.keys.secrets import (
     INITIAL_ACCESS_TOKEN_PREFIX,
     REFRESH_TOKEN_PREFIX,
     REGISTRATION_TOKEN_PREFIX,
+    RESET_CODE_PREFIX,
     digest,
     is_secret,
 )
@@ -70,6 +71,7 @@ _NOUNS = {
     CLIENT_SECRET_PREFIX: "a client secret",
     INITIAL_ACCESS_TOKEN_PREFIX: "an initial access token",
     REGISTRATION_TOKEN_PREFIX: "a registration access token",
+    RESET_CODE_PREFIX: "a password reset code",
 }
 
 

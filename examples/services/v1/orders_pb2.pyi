@@ -101,7 +101,7 @@ Global___CancelOrderResponse: _TypeAlias = CancelOrderResponse  # noqa: Y015
 
 @_typing.final
 class ListOrdersRequest(_message.Message):
-    """Request of ReturnOrder."""
+    """Request of ListOrders."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -118,6 +118,8 @@ Global___ListOrdersRequest: _TypeAlias = ListOrdersRequest  # noqa: Y015
 
 @_typing.final
 class ListOrdersResponse(_message.Message):
+    """Response of ListOrders."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ASKED_BY_FIELD_NUMBER: _builtins.int
@@ -138,6 +140,8 @@ Global___ListOrdersResponse: _TypeAlias = ListOrdersResponse  # noqa: Y015
 
 @_typing.final
 class ReturnOrderRequest(_message.Message):
+    """Request of ReturnOrder."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ORDER_ID_FIELD_NUMBER: _builtins.int

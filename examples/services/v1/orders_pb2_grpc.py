@@ -76,7 +76,7 @@ class OrdersServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListOrders(self, request, context):
-        """Lists the orders of the day, to a person who is permitted to see them at this moment.
+        """Lists the orders of the day, to whoever is permitted to see them at this moment.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

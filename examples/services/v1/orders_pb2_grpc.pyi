@@ -38,7 +38,7 @@ class OrdersServiceStub:
     CancelOrder: _grpc.UnaryUnaryMultiCallable[_orders_pb2.CancelOrderRequest, _orders_pb2.CancelOrderResponse]
     """Cancels an order; billing refunds it, if orders may ask for that."""
     ListOrders: _grpc.UnaryUnaryMultiCallable[_orders_pb2.ListOrdersRequest, _orders_pb2.ListOrdersResponse]
-    """Lists the orders of the day, to a person who is permitted to see them at this moment."""
+    """Lists the orders of the day, to whoever is permitted to see them at this moment."""
     ReturnOrder: _grpc.UnaryUnaryMultiCallable[_orders_pb2.ReturnOrderRequest, _orders_pb2.ReturnOrderResponse]
     """Returns an order; billing refunds it to the caller, for whom orders acts."""
 
@@ -52,7 +52,7 @@ class OrdersServiceAsyncStub(OrdersServiceStub):
     CancelOrder: _aio.UnaryUnaryMultiCallable[_orders_pb2.CancelOrderRequest, _orders_pb2.CancelOrderResponse]  # type: ignore[assignment]
     """Cancels an order; billing refunds it, if orders may ask for that."""
     ListOrders: _aio.UnaryUnaryMultiCallable[_orders_pb2.ListOrdersRequest, _orders_pb2.ListOrdersResponse]  # type: ignore[assignment]
-    """Lists the orders of the day, to a person who is permitted to see them at this moment."""
+    """Lists the orders of the day, to whoever is permitted to see them at this moment."""
     ReturnOrder: _aio.UnaryUnaryMultiCallable[_orders_pb2.ReturnOrderRequest, _orders_pb2.ReturnOrderResponse]  # type: ignore[assignment]
     """Returns an order; billing refunds it to the caller, for whom orders acts."""
 
@@ -81,7 +81,7 @@ class OrdersServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _orders_pb2.ListOrdersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_orders_pb2.ListOrdersResponse, _abc.Awaitable[_orders_pb2.ListOrdersResponse]]:
-        """Lists the orders of the day, to a person who is permitted to see them at this moment."""
+        """Lists the orders of the day, to whoever is permitted to see them at this moment."""
 
     @_abc_1.abstractmethod
     def ReturnOrder(

@@ -12,6 +12,7 @@ from authsvc.cli import (
     apply,
     audit,
     clients,
+    export,
     keys,
     pki,
     registrations,
@@ -59,6 +60,7 @@ roles.register(app)
 sessions.register(app)
 audit.register(app)
 apply.register(app)
+export.register(app)
 
 
 def _version(wanted: bool) -> None:

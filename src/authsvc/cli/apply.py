@@ -1,67 +1,54 @@
-"""Commands that make a server what files declare, and write such files: apply, export."""
+"""The command that makes a server what files declare: apply."""
 
-import hashlib
 import os
 import re
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 
 from authsvc.apply import (
-    APPROVED,
-    EXPIRED,
+    ENDS,
     FIELDS,
     PENDING,
     SETS,
-    Assignment,
     Change,
     ClientKey,
-    Current,
-    Declared,
     Difference,
-    Fields,
-    Found,
     Kind,
     Plan,
-    Problem,
     Refused,
     Step,
     Type,
     Value,
     Verb,
-    assignment_name,
-    bearers,
-    defaults,
-    key_of,
     needs_secret,
     permission_name,
     plan,
 )
-from authsvc.cli.calls import ALL, Session, connected, named
-from authsvc.cli.declared import ENUMS, choices, dump, read, written
-from authsvc.cli.output import Exit, Failure, command, explained
+from authsvc.cli.calls import Session, connected
+from authsvc.cli.declared import ENUMS, WIRE_NAMES, enum_of, read, written
+from authsvc.cli.export import current
+from authsvc.cli.output import Exit, Failure, Output, command, explained
 
 # What is heavy is imported where it is used: `--help` does not wait for it.
 CHANGES: Final = 2
 """Exit code of --dry-run where there is something to do."""
 SHOWN: Final = 20
 """Most of what is not listed, of a kind."""
-TEXT_MAX: Final = 64
-"""Longer texts are told by their length and digest."""
 COMMENT: Final = "authsvc apply"
 _MEANWHILE: Final = frozenset({"ETAG_MISMATCH", "ALREADY_EXISTS", "CLIENT_STATE_CONFLICT"})
-_RENAMED: Final = {"owner": "owner_client_id"}
-"""Fields that hold the name of a client where the contract has its id."""
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the commands to the root."""
+    """Adds the command to the root."""
     command(app, connected, name="apply")(apply)
-    command(app, connected, name="export")(export)
 
 
 def apply(
@@ -83,8 +70,9 @@ def apply(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Where the secret (NAME.secret) and the registration access token (NAME.token) of"
-            " each new client go, in files that only you can read; else nobody gets them.",
+            help="Where the secret (NAME-CLIENT_ID.secret) and the registration access token"
+            " (….token) of each new client go, in files that only you can read; else nobody gets"
+            " them.",
         ),
     ] = None,
 ) -> None:
@@ -96,254 +84,103 @@ def apply(
     out = session.out
     if out.json and not (yes or dry_run):
         raise Failure("--json asks nobody", "add --yes, or --dry-run")
-    server = _Server(session)
     try:
-        declared = read(file)
-        found = plan(declared, server.current(declared))
+        found = _plan(session, file)
     except Refused as refused:
-        raise _broken(refused) from refused
-    secrets = _Secrets(secrets_dir, found.steps)
-    document = _shown(session, server, found)
+        number = len(refused.problems)
+        text = f"{number} problem{'s' if number > 1 else ''}, nothing was changed"
+        raise _failed(text, violations=refused.problems) from refused
+    document = {
+        "changes": [asdict(change) for change in found.changes],
+        "left": [asdict(left) for left in found.left],
+        "not_listed": [{"kind": kind, "name": name} for kind, name in found.not_listed],
+    }
+    if not out.json:
+        _tell(out, found)
+    needy = next((step.name for step in found.steps if _makes_secret(step)), "")
     if dry_run:
-        if secrets.missing:
-            out.note(f"to apply it: --secrets-dir, for the secret of {secrets.missing}")
+        if needy and secrets_dir is None:
+            out.note(f"to apply it: --secrets-dir, for the secret of {needy}")
         if out.json:
             out.document({**document, "applied": 0})
         raise typer.Exit(CHANGES if found.steps else Exit.OK)
-    if secrets.missing:
-        raise _failed(
-            f"client {secrets.missing} needs a secret, and nobody would get it",
-            "--secrets-dir DIR puts it into a file there",
-        )
+    if needy and secrets_dir is None:
+        text = f"client {needy} needs a secret, and nobody would get it"
+        raise _failed(text, "--secrets-dir DIR puts it into a file there")
     if found.steps and not yes:
-        _ask()
-    secrets.make()
-    _Execution(session, found, secrets).run()
+        if not sys.stdin.isatty():
+            raise _failed("nobody is there to be asked", "--yes applies without asking")
+        if not typer.confirm("Apply?", err=True):
+            raise _failed("not applied: nothing was changed")
+    if secrets_dir is not None:
+        secrets_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _Execution(session, found, secrets_dir).run()
     if out.json:
         out.document({**document, "applied": len(found.steps)})
     elif found.steps:
         out.note(f"applied: {_summary(found.changes, 'created', 'changed')}", "green")
-        if secrets.written:
-            out.note(f"{secrets.written} files in {secrets.directory}, for their clients alone")
 
 
-def _ask() -> None:
-    if not sys.stdin.isatty():
-        raise _failed("nobody is there to be asked", "--yes applies without asking")
-    if not typer.confirm("Apply?", err=True):
-        raise _failed("not applied: nothing was changed", "")
+def _plan(session: Session, file: Path) -> Plan:
+    """Raises Refused."""
+    declared = read(file)
+    there = current(
+        session, {str(each.fields["user"]) for each in declared if "user" in each.fields}
+    )
+    if any(each.state == PENDING for each in there.clients):
+        there = replace(there, me=_me(session))
+    return plan(declared, there)
 
 
-def _failed(message: str, hint: str, **more: Any) -> Failure:
+def _me(session: Session) -> str:
+    """What the server calls who calls: the registrant of a client that is not registered."""
+    from authsvc_client.v1 import auth_pb2, clients_pb2
+    from authsvc_client.v1.auth_pb2_grpc import AuthServiceStub
+
+    metadata = clients_pb2.ClientMetadata(client_name=COMMENT)
+    request = auth_pb2.RegisterClientRequest(metadata=metadata, validate_only=True)
+    method = AuthServiceStub(session.channel).RegisterClient
+    registrant: str = session.call(method, request).client.registrant
+    return registrant
+
+
+def _failed(message: str, hint: str = "", **more: Any) -> Failure:
     """Ends with 1: --dry-run has another meaning for USAGE."""
     failure = Failure(message, hint, code="FAILED_PRECONDITION", **more)
     failure.exit = Exit.FAILED
     return failure
 
 
-def _broken(refused: Refused) -> Failure:
-    problems = sorted(refused.problems, key=_by_line)
-    what = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return _failed(f"{what}, nothing was changed", "", violations=problems)
-
-
-def _by_line(problem: Problem) -> tuple[str, int]:
-    file, _, line = problem.place.rpartition(":")
-    return (file, int(line)) if line.isdigit() else (problem.place, 0)
-
-
-class _Server:
-    """Reads what is there, each kind once."""
-
-    def __init__(self, session: Session) -> None:
-        from authsvc_client.v1.clients_pb2_grpc import ClientServiceStub
-        from authsvc_client.v1.resources_pb2_grpc import ResourceServiceStub
-        from authsvc_client.v1.roles_pb2_grpc import RoleServiceStub
-        from authsvc_client.v1.users_pb2_grpc import UserServiceStub
-
-        self._session = session
-        self._resources = ResourceServiceStub(session.channel)
-        self._clients = ClientServiceStub(session.channel)
-        self._roles = RoleServiceStub(session.channel)
-        self._users = UserServiceStub(session.channel)
-        self._usernames: dict[str, str] = {}
-
-    def current(self, declared: Sequence[Declared] = ()) -> Current:
-        """All that can be declared, and the users that are named there."""
-        from authsvc_client.v1 import clients_pb2, resources_pb2, roles_pb2
-
-        pages = self._session.pages
-        resources = pages(
-            self._resources.ListResources, resources_pb2.ListResourcesRequest(), "resources", ALL
-        ).resources
-        clients = pages(
-            self._clients.ListClients, clients_pb2.ListClientsRequest(), "clients", ALL
-        ).clients
-        permissions = pages(
-            self._roles.ListPermissions, roles_pb2.ListPermissionsRequest(), "permissions", ALL
-        ).permissions
-        roles = pages(self._roles.ListRoles, roles_pb2.ListRolesRequest(), "roles", ALL).roles
-        assignments = pages(
-            self._roles.ListRoleAssignments,
-            roles_pb2.ListRoleAssignmentsRequest(),
-            "role_assignments",
-            ALL,
-        ).role_assignments
-        found = [_client(each) for each in clients]
-        waits = declared and any(each.state in (PENDING, EXPIRED) for each in found)
-        named_users = {str(each.fields["user"]) for each in declared if "user" in each.fields}
-        return Current(
-            resources={
-                each.resource_id: Found(_fields(Kind.RESOURCE, each), each.etag)
-                for each in resources
-            },
-            permissions={
-                (each.ref.resource_id, each.ref.name): each.description for each in permissions
-            },
-            clients=found,
-            roles={each.role_id: Found(_fields(Kind.ROLE, each), each.etag) for each in roles},
-            assignments=frozenset(map(_assignment, assignments)),
-            users={
-                name: user_id for name in sorted(named_users) if (user_id := self._user_id(name))
-            },
-            me=self._me() if waits else "",
-            now_ns=int(self._session.now * 10**9),
-        )
-
-    def _me(self) -> str:
-        """What the server calls who calls: the registrant of a client that is not registered."""
-        from authsvc_client.v1 import auth_pb2, clients_pb2
-        from authsvc_client.v1.auth_pb2_grpc import AuthServiceStub
-
-        metadata = clients_pb2.ClientMetadata(client_name=COMMENT)
-        request = auth_pb2.RegisterClientRequest(metadata=metadata, validate_only=True)
-        method = AuthServiceStub(self._session.channel).RegisterClient
-        registrant: str = self._session.call(method, request).client.registrant
-        return registrant
-
-    def _user_id(self, username: str) -> str:
-        from authsvc_client.v1 import users_pb2
-
-        request = users_pb2.ListUsersRequest(username=username, page_size=1)
-        users = self._session.call(self._users.ListUsers, request).users
-        return users[0].user_id if users else ""
-
-    def username(self, user_id: str) -> str:
-        """Its id where it is gone."""
-        from authsvc_client import AuthsvcError
-        from authsvc_client.v1 import users_pb2
-
-        if user_id not in self._usernames:
-            request = users_pb2.GetUserRequest(user_id=user_id)
-            try:
-                user = self._session.call(self._users.GetUser, request).user
-            except AuthsvcError as error:
-                if error.reason_name != "USER_NOT_FOUND":
-                    raise
-                return user_id
-            self._usernames[user_id] = user.username
-        return self._usernames[user_id]
-
-
-def _client(message: Any) -> Found:
-    from authsvc_client.v1 import clients_pb2
-
-    ends = message.approval_expire_time
-    return Found(
-        {
-            **_fields(Kind.CLIENT, message.metadata),
-            "approval_expire_time": (
-                ends.ToNanoseconds() if message.HasField("approval_expire_time") else None
-            ),
-        },
-        etag=message.etag,
-        client_id=message.client_id,
-        state=named(clients_pb2.ClientState, message.state, "CLIENT_STATE_").lower(),
-        registrant=message.registrant,
-        was_reviewed=message.HasField("review_time"),
-    )
-
-
-def _assignment(message: Any) -> Assignment:
-    client = ClientKey("client_id", message.client_id) if message.client_id else None
-    return Assignment(message.role_id, client, message.user_id, message.resource_id)
-
-
-def _fields(kind: Kind, message: Any) -> Fields:
-    """Of a message, as they are declared."""
-    return {
-        name: _value(type_, message, _RENAMED.get(name, name))
-        for name, type_ in FIELDS[kind].items()
-        if type_ is not Type.MOMENT
-    }
-
-
-def _value(type_: Type, message: Any, name: str) -> Value:
-    value = getattr(message, name)
-    if type_ is Type.SPAN:
-        return int(value.seconds) if message.HasField(name) else None
-    if type_ is Type.SCOPES:
-        return tuple(sorted((each.name, each.description) for each in value))
-    if type_ is Type.PERMISSIONS:
-        return tuple(sorted((each.resource_id, each.name) for each in value))
-    if type_ in ENUMS:
-        names = {number: name for name, number in choices(type_).items()}
-        if type_ is Type.TOKEN_FORMAT:
-            return names.get(value, str(value))
-        return tuple(sorted(names.get(each, str(each)) for each in value))
-    if type_ is Type.NAMES:
-        return tuple(sorted(value))
-    return tuple(value) if type_ is Type.TEXTS else value
+def _makes_secret(step: Step) -> bool:
+    if step.verb is Verb.RENEW_SECRET:
+        return True
+    return (step.verb, step.kind) == (Verb.CREATE, Kind.CLIENT) and needs_secret(step.fields)
 
 
 # --- the difference ---
 
 
-def _shown(session: Session, server: _Server, found: Plan) -> dict[str, Any]:
-    """Tells a plan to a person; answers it for a program."""
-    out, names = session.out, found.client_names
-    others: dict[Kind, list[str]] = defaultdict(list)
-    for kind, name in found.not_listed:
-        others[kind].append(name)
-    held = found.not_listed_assignments
-    for each in held if out.json else held[:SHOWN]:
-        if each.client is not None:
-            holder = f"client {names.get(each.client, each.client.value)}"
-        else:
-            holder = f"user {server.username(each.user_id)}"
-        others[Kind.ASSIGNMENT].append(assignment_name(each, holder))
-    if out.json:
-        return {
-            "changes": [_document(change, names) for change in found.changes],
-            "left": [left._asdict() for left in found.left],
-            "not_listed": [
-                {"kind": kind, "name": name} for kind, each in others.items() for name in each
-            ],
-        }
+def _tell(out: Output, found: Plan) -> None:
+    """To a person."""
     for change in found.changes:
         sign, style = ("+", "green") if change.is_new else ("~", "yellow")
         note = f"  ({'; '.join(change.notes)})" if change.notes else ""
         out.title(f"{sign} {change.kind:<10}  {change.name}{note}", style)
-        for difference in change.fields:
-            if change.is_new and difference.field == "client_name":
-                continue  # told already
-            out.title(f"      {_told(difference, names, is_new=change.is_new)}", "")
+        for each in change.fields:
+            out.title(f"      {each.field}: {_told(change, each)}", "")
     for left in found.left:
         out.title(f"! {left.kind:<10}  {left.name}: {left.text}", "red")
-    if others:
+    if found.not_listed:
         out.title("not listed, left alone:", "dim")
-    counts = Counter({kind: len(each) for kind, each in others.items()})
-    counts[Kind.ASSIGNMENT] = len(held)
-    for kind, told in others.items():
-        for name in told[:SHOWN]:
+    for kind, group in groupby(found.not_listed, key=lambda each: each[0]):
+        names = [name for _, name in group]
+        more = [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
+        for name in names[:SHOWN] + more:
             out.title(f"  {kind:<10}  {name}", "dim")
-        if counts[kind] > SHOWN:
-            out.title(f"  {kind:<10}  and {counts[kind] - SHOWN} more", "dim")
-    if not found.steps:
-        out.note("nothing to do" + (", but for what is told with !" if found.left else ""))
-    else:
+    if found.steps:
         out.note(_summary(found.changes, "to create", "to change"))
-    return {}
+    else:
+        out.note("nothing to do" + (", but for what is told with !" if found.left else ""))
 
 
 def _summary(changes: Sequence[Change], created: str, changed: str) -> str:
@@ -351,123 +188,33 @@ def _summary(changes: Sequence[Change], created: str, changed: str) -> str:
     return f"{new} {created}, {len(changes) - new} {changed}"
 
 
-def _told(each: Difference, names: Mapping[ClientKey, str], *, is_new: bool) -> str:
-    """One field, for a person."""
-    new = _text(each.type, each.new, names)
-    if is_new:
-        return f"{each.field}: {new}"
-    if each.type not in SETS:
-        return f"{each.field}: {_text(each.type, each.old, names)} -> {new}"
-    old_items, new_items = (_items(each.type, value) for value in (each.old, each.new))
-    signed = [f"+ {item}" for item in new_items if item not in old_items]
-    signed += [f"- {item}" for item in old_items if item not in new_items]
-    return f"{each.field}: {', '.join(signed)}"
+def _told(change: Change, each: Difference) -> str:
+    type_ = FIELDS[change.kind][each.field]
+    old, new = _texts(type_, each.old), _texts(type_, each.new)
+    if change.is_new:
+        return ", ".join(new) or "(none)"
+    if type_ not in SETS:
+        return f"{old[0]} -> {new[0]}"
+    signed = [f"+ {text}" for text in new if text not in old]
+    return ", ".join(signed + [f"- {text}" for text in old if text not in new])
 
 
-def _text(type_: Type, value: Value, names: Mapping[ClientKey, str]) -> str:
-    if isinstance(value, ClientKey):
-        return names[value]
-    if value in ("", None, ()):
-        return "(none)"
-    if isinstance(value, tuple):
-        return ", ".join(_items(type_, value))
-    text = str(value).lower() if type_ is Type.FLAG else str(written(type_, value))
-    if len(text) <= TEXT_MAX:
-        return text
-    return f"{len(text)} characters, SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-
-def _items(type_: Type, value: Value) -> list[str]:
-    assert isinstance(value, tuple)
+def _texts(type_: Type, value: Value) -> list[str]:
+    """One of each that a value holds."""
+    if not isinstance(value, tuple):
+        return [str(value).lower() if type_ is Type.FLAG else str(value) or "(none)"]
     if type_ is Type.SCOPES:
         return [f"{name} ({text})" if text else name for name, text in value]
-    if type_ is Type.PERMISSIONS:
-        return [permission_name(key) for key in value]
-    return list(value)
-
-
-def _document(change: Change, names: Mapping[ClientKey, str]) -> dict[str, Any]:
-    def plain(type_: Type, value: Value) -> Any:
-        if isinstance(value, ClientKey):
-            return names[value]
-        return None if value is None else written(type_, value)
-
-    return {
-        "action": "create" if change.is_new else "change",
-        "kind": change.kind,
-        "name": change.name,
-        "fields": [
-            {"field": name, "old": plain(type_, old), "new": plain(type_, new)}
-            for name, type_, old, new in change.fields
-        ],
-        "notes": list(change.notes),
-    }
+    return [permission_name(each) if type_ is Type.PERMISSIONS else each for each in value]
 
 
 # --- what is done ---
 
 
-class _Secrets:
-    """Where secrets go: files that nobody else reads, and that are never overwritten."""
-
-    def __init__(self, directory: Path | None, steps: Sequence[Step]) -> None:
-        """Raises Failure where a file is there already that a new client would need."""
-        self.directory = directory
-        self.written = 0
-        self.missing = ""
-        """A client whose secret would go nowhere."""
-        self._names: dict[ClientKey, str] = {}
-        self.had: set[ClientKey] = set()
-        """Clients whose secret a stopped run wrote."""
-        verbs = (Verb.CREATE, Verb.RENEW_SECRET)
-        clients = [step for step in steps if step.kind is Kind.CLIENT and step.verb in verbs]
-        shared = Counter(map(_slug, clients))
-        for step in clients:
-            name, is_new = _slug(step), step.verb is Verb.CREATE
-            if shared[name] > 1 or name != step.fields["client_name"]:
-                name += "-" + hashlib.sha256(repr(tuple(step.key)).encode()).hexdigest()[:8]
-            self._names[step.key] = name
-            if directory is None:
-                if not is_new or needs_secret(step.fields):
-                    self.missing = self.missing or step.name
-            elif is_new:
-                for file in (self._file(step.key, "secret"), self._file(step.key, "token")):
-                    if file.exists():
-                        raise _failed(f"{file} is there already", "move it away, or another DIR")
-            elif self._file(step.key, "secret").exists():
-                self.had.add(step.key)
-
-    def make(self) -> None:
-        """Makes the directory."""
-        if self.directory is not None:
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-
-    def write(self, key: ClientKey, kind: str, text: str) -> None:
-        """Keeps one; nowhere without a directory."""
-        if self.directory is None or not text:
-            return
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        with os.fdopen(os.open(self._file(key, kind), flags, 0o600), "w") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.written += 1
-
-    def _file(self, key: ClientKey, kind: str) -> Path:
-        assert self.directory is not None
-        return self.directory / f"{self._names[key]}.{kind}"
-
-
-def _slug(step: Step) -> str:
-    """A name of a client as the name of a file."""
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", str(step.fields["client_name"])).strip("-.")
-    return slug[:64] or "client"
-
-
 class _Execution:
     """Takes the steps of a plan, one after the other."""
 
-    def __init__(self, session: Session, found: Plan, secrets: _Secrets) -> None:
+    def __init__(self, session: Session, found: Plan, secrets_dir: Path | None) -> None:
         from authsvc_client.v1.auth_pb2_grpc import AuthServiceStub
         from authsvc_client.v1.clients_pb2_grpc import ClientServiceStub
         from authsvc_client.v1.resources_pb2_grpc import ResourceServiceStub
@@ -478,8 +225,8 @@ class _Execution:
         self._clients = ClientServiceStub(session.channel)
         self._resources = ResourceServiceStub(session.channel)
         self._roles = RoleServiceStub(session.channel)
-        self._plan = found
-        self._secrets = secrets
+        self._steps = found.steps
+        self._secrets_dir = secrets_dir
         self._ids = dict(found.client_ids)
         self._etags: dict[tuple[Kind, Any], str] = {}
         self._let_in: set[ClientKey] = set()
@@ -487,343 +234,176 @@ class _Execution:
 
     def run(self) -> None:
         """Raises Failure that tells how far it came."""
-        steps = self._plan.steps
-        with self._session.out.progress("applying", len(steps)) as advance:
-            for done, step in enumerate(steps):
+        with self._session.out.progress("applying", len(self._steps)) as advance:
+            for done, step in enumerate(self._steps):
                 try:
                     self._take(step)
                 except Exception as error:
-                    raise _stopped(step, error, done, len(steps)) from error
+                    raise _stopped(step, error, f"{done} of {len(self._steps)}") from error
                 advance(done + 1, step.name)
 
     def _take(self, step: Step) -> None:
-        takes = {
-            Kind.RESOURCE: self._resource,
-            Kind.PERMISSION: self._permission,
-            Kind.CLIENT: self._client,
-            Kind.ROLE: self._role,
-            Kind.ASSIGNMENT: self._assign,
-        }
-        takes[step.kind](step)
+        from authsvc_client.v1 import resources_pb2, roles_pb2
 
-    def _etag(self, step: Step) -> str:
-        return self._etags.get((step.kind, step.key), step.etag)
+        match step.kind, step.verb:
+            case Kind.RESOURCE, _:
+                self._write(step, "Resource", self._resources, resources_pb2)
+            case Kind.ROLE, _:
+                self._write(step, "Role", self._roles, roles_pb2)
+            case Kind.PERMISSION, _:
+                self._create_permission(step)
+            case Kind.ASSIGNMENT, _:
+                self._assign(step)
+            case Kind.CLIENT, Verb.CREATE:
+                self._register(step)
+            case Kind.CLIENT, Verb.UPDATE:
+                self._update(step)
+            case Kind.CLIENT, Verb.RENEW_SECRET:
+                self._renew_secret(step)
+            case Kind.CLIENT, Verb.APPROVE:
+                self._approve(step)
 
-    def _resource(self, step: Step) -> None:
-        from google.protobuf.field_mask_pb2 import FieldMask
+    def _write(self, step: Step, name: str, stub: Any, messages: Any) -> None:
+        """Creates or updates an object whose request, response and field have its name."""
+        field, verb = name.lower(), step.verb.name.capitalize()
+        known = {f"{field}_id": step.key, "etag": self._etag(step)}
+        fields = self._json(step)
+        request = _message(messages, f"{verb}{name}Request", {field: known | fields})
+        if step.verb is Verb.UPDATE:
+            request.update_mask.paths.extend(fields)
+        answer = self._session.call(getattr(stub, f"{verb}{name}"), request)
+        self._etags[step.kind, step.key] = getattr(answer, field).etag
 
-        from authsvc_client.v1 import resources_pb2
-
-        resource = resources_pb2.Resource(resource_id=step.key)
-        paths = self._fill(resource, step)
-        if step.verb is Verb.CREATE:
-            create = resources_pb2.CreateResourceRequest(resource=resource)
-            answer = self._session.call(self._resources.CreateResource, create)
-        else:
-            resource.etag = self._etag(step)
-            update = resources_pb2.UpdateResourceRequest(
-                resource=resource, update_mask=FieldMask(paths=paths)
-            )
-            answer = self._session.call(self._resources.UpdateResource, update)
-        self._etags[step.kind, step.key] = answer.resource.etag
-
-    def _permission(self, step: Step) -> None:
+    def _create_permission(self, step: Step) -> None:
         from authsvc_client.v1 import roles_pb2
 
         resource_id, name = step.key
-        permission = roles_pb2.Permission(
-            ref=roles_pb2.PermissionRef(resource_id=resource_id, name=name),
-            description=str(step.fields["description"]),
-        )
-        request = roles_pb2.CreatePermissionRequest(permission=permission)
+        ref = {"resource_id": resource_id, "name": name}
+        permission = {"ref": ref, **self._json(step)}
+        request = _message(roles_pb2, "CreatePermissionRequest", {"permission": permission})
         self._session.call(self._roles.CreatePermission, request)
-
-    def _role(self, step: Step) -> None:
-        from google.protobuf.field_mask_pb2 import FieldMask
-
-        from authsvc_client.v1 import roles_pb2
-
-        role = roles_pb2.Role(role_id=step.key)
-        paths = self._fill(role, step)
-        if step.verb is Verb.CREATE:
-            create = roles_pb2.CreateRoleRequest(role=role)
-            self._session.call(self._roles.CreateRole, create)
-        else:
-            role.etag = self._etag(step)
-            update = roles_pb2.UpdateRoleRequest(role=role, update_mask=FieldMask(paths=paths))
-            self._session.call(self._roles.UpdateRole, update)
 
     def _assign(self, step: Step) -> None:
         from authsvc_client.v1 import roles_pb2
 
-        asked: Assignment = step.key
-        assignment = roles_pb2.RoleAssignment(role_id=asked.role_id, resource_id=asked.resource_id)
-        if asked.client is not None:
-            assignment.client_id = self._ids[asked.client]
+        role_id, client, user_id, resource_id = step.key
+        assignment = roles_pb2.RoleAssignment(role_id=role_id, resource_id=resource_id)
+        if client is not None:
+            assignment.client_id = self._ids[client]
         else:
-            assignment.user_id = asked.user_id
+            assignment.user_id = user_id
         request = roles_pb2.AssignRoleRequest(role_assignment=assignment)
         self._session.call(self._roles.AssignRole, request)
-
-    def _client(self, step: Step) -> None:
-        if step.verb is Verb.CREATE:
-            return self._register(step)
-        if step.verb is Verb.RENEW_SECRET:
-            return self._renew_secret(step)
-        if step.verb is Verb.APPROVE and step.key not in self._let_in:
-            return self._approve(step)
-        if step.verb is Verb.UPDATE or step.fields["approval_expire_time"] is not None:
-            return self._update(step)
-        return None
 
     def _register(self, step: Step) -> None:
         from authsvc_client.v1 import auth_pb2, clients_pb2
 
-        metadata = clients_pb2.ClientMetadata()
-        self._fill(metadata, step)
-        request = auth_pb2.RegisterClientRequest(metadata=metadata)
+        request = _message(auth_pb2, "RegisterClientRequest", {"metadata": self._json(step)})
         answer = self._session.call(self._auth.RegisterClient, request)
-        # The secret last: where it is missing, the next run makes another.
-        self._secrets.write(step.key, "token", answer.registration_access_token)
-        self._secrets.write(step.key, "secret", answer.client_secret)
         self._ids[step.key] = answer.client.client_id
+        # The secret last: where it is missing, the next run makes another.
+        self._keep(step, "token", answer.registration_access_token)
+        self._keep(step, "secret", answer.client_secret)
         self._etags[step.kind, step.key] = answer.client.etag
         if answer.client.state == clients_pb2.CLIENT_STATE_APPROVED:
             self._let_in.add(step.key)
 
     def _renew_secret(self, step: Step) -> None:
-        """Of a client that a stopped run registered."""
+        """Of a client that waits, unless the run that registered it wrote its secret."""
         from authsvc_client.v1 import clients_pb2
 
-        if step.key in self._secrets.had:
+        if self._file(step, "secret").exists():
             return
         client_id = self._ids[step.key]
         get = clients_pb2.GetClientRequest(client_id=client_id)
         before = self._session.call(self._clients.GetClient, get).client
+        stale = Failure("the etag is not the current one", code="ABORTED", reason="ETAG_MISMATCH")
+        if before.etag != self._etag(step):
+            raise stale
         rotate = clients_pb2.RotateClientSecretRequest(client_id=client_id)
         answer = self._session.call(self._clients.RotateClientSecret, rotate)
-        self._secrets.write(step.key, "secret", answer.client_secret)
+        self._keep(step, "secret", answer.client_secret)
         after = self._session.call(self._clients.GetClient, get).client
-        if before.etag != self._etag(step) or before.metadata != after.metadata:
-            text = "the etag is not the current one"
-            raise Failure(text, code="ABORTED", reason="ETAG_MISMATCH")
+        if before.metadata != after.metadata:
+            raise stale
         self._etags[step.kind, step.key] = after.etag
 
     def _update(self, step: Step) -> None:
-        from google.protobuf.field_mask_pb2 import FieldMask
-
         from authsvc_client.v1 import clients_pb2
 
+        fields = self._json(step)
+        paths = [name if name == ENDS else f"metadata.{name}" for name in fields]
+        ends = {ENDS: fields.pop(ENDS)} if ENDS in fields else {}
         # A name is required in the message; it counts where the mask has it.
-        client = clients_pb2.Client(client_id=self._ids[step.key], etag=self._etag(step))
-        client.metadata.client_name = "-"
-        fields = dict(step.fields)
-        if "approval_expire_time" in fields:
-            client.approval_expire_time.CopyFrom(_moment(fields.pop("approval_expire_time")))
-        paths = [f"metadata.{path}" for path in self._fill(client.metadata, step, fields)]
-        if len(fields) < len(step.fields):
-            paths.append("approval_expire_time")
-        request = clients_pb2.UpdateClientRequest(client=client, update_mask=FieldMask(paths=paths))
+        metadata = {"client_name": "-", **fields}
+        known = {"client_id": self._ids[step.key], "etag": self._etag(step), "metadata": metadata}
+        request = _message(clients_pb2, "UpdateClientRequest", {"client": known | ends})
+        request.update_mask.paths.extend(paths)
         answer = self._session.call(self._clients.UpdateClient, request)
         self._etags[step.kind, step.key] = answer.client.etag
 
     def _approve(self, step: Step) -> None:
         from authsvc_client.v1 import clients_pb2
 
-        ends = step.fields["approval_expire_time"]
-        request = clients_pb2.ApproveClientRequest(
-            client_id=self._ids[step.key],
-            etag=self._etag(step),
-            comment=COMMENT,
-            approval_expire_time=None if ends is None else _moment(ends),
-        )
-        answer = self._session.call(self._clients.ApproveClient, request)
-        self._etags[step.kind, step.key] = answer.client.etag
+        if step.key not in self._let_in:
+            known = {"client_id": self._ids[step.key], "etag": self._etag(step)}
+            fields = known | {"comment": COMMENT} | self._json(step)
+            request = _message(clients_pb2, "ApproveClientRequest", fields)
+            self._session.call(self._clients.ApproveClient, request)
+        elif step.fields:
+            self._update(step)
 
-    def _fill(self, message: Any, step: Step, fields: Fields | None = None) -> list[str]:
-        """Sets fields of a message; answers their names there."""
-        from authsvc_client.v1 import resources_pb2, roles_pb2
+    def _etag(self, step: Step) -> str:
+        return self._etags.get((step.kind, step.key), step.etag)
 
-        paths = []
-        for field, value in (step.fields if fields is None else fields).items():
-            type_, name = FIELDS[step.kind][field], _RENAMED.get(field, field)
-            paths.append(name)
+    def _json(self, step: Step) -> dict[str, Any]:
+        """Its fields as the contract has them in JSON."""
+        found: dict[str, Any] = {}
+        for name, value in step.fields.items():
+            type_ = FIELDS[step.kind][name]
             if isinstance(value, ClientKey):
-                setattr(message, name, self._ids[value])
-            elif type_ is Type.SPAN:
-                if value is not None:
-                    getattr(message, name).FromSeconds(value)
-            elif type_ is Type.SCOPES:
-                scopes = (resources_pb2.Scope(name=n, description=d) for n, d in _tuple(value))
-                message.scopes.extend(scopes)
-            elif type_ is Type.PERMISSIONS:
-                message.permissions.extend(
-                    roles_pb2.PermissionRef(resource_id=r, name=n) for r, n in _tuple(value)
-                )
-            elif type_ is Type.TOKEN_FORMAT:
-                message.token_format = choices(type_)[str(value)]
+                told: Any = self._ids[value]
             elif type_ in ENUMS:
-                getattr(message, name).extend(choices(type_)[each] for each in _tuple(value))
-            elif isinstance(value, tuple):
-                getattr(message, name).extend(value)
-            elif value or type_ is Type.FLAG:
-                setattr(message, name, value)
-        return paths
+                names = value if isinstance(value, tuple) else (value,)
+                told = [f"{enum_of(type_)[1]}{each}".upper() for each in names]
+                told = told if type_ in SETS else told[0]
+            elif value == "":
+                told = None
+            else:
+                told = written(type_, value)
+            found[WIRE_NAMES.get(name, name)] = told
+        return found
+
+    # --- secrets: files that nobody else reads ---
+
+    def _file(self, step: Step, suffix: str) -> Path:
+        assert self._secrets_dir is not None
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", str(step.fields["client_name"])).strip("-.")
+        return self._secrets_dir / f"{slug[:64] or 'client'}-{self._ids[step.key]}.{suffix}"
+
+    def _keep(self, step: Step, suffix: str, text: str) -> None:
+        if self._secrets_dir is None or not text:
+            return
+        descriptor, fresh = tempfile.mkstemp(dir=self._secrets_dir, prefix=".")  # with 0600
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        Path(fresh).rename(self._file(step, suffix))  # whole, or not there
 
 
-def _tuple(value: Value) -> tuple[Any, ...]:
-    assert isinstance(value, tuple)
-    return value
+def _message(module: Any, name: str, fields: dict[str, Any]) -> Any:
+    from google.protobuf.json_format import ParseDict
+
+    return ParseDict(fields, getattr(module, name)())
 
 
-def _moment(nanoseconds: Value) -> Any:
-    from google.protobuf.timestamp_pb2 import Timestamp
-
-    moment = Timestamp()
-    moment.FromNanoseconds(nanoseconds)  # type: ignore[arg-type] # of Type.MOMENT
-    return moment
-
-
-def _stopped(step: Step, error: Exception, done: int, steps: int) -> Failure:
+def _stopped(step: Step, error: Exception, done: str) -> Failure:
     """What failed, after how much."""
     failure = explained(error)
-    hint = f"{failure.hint}; then run again to finish" if failure.hint else "run again to finish"
+    stopped = copy(failure)
+    stopped.message = f"{step.kind} {step.name}: {failure.message}; {done} steps were done"
+    stopped.hint = f"{failure.hint}; then run again to finish".removeprefix("; then ")
     if failure.reason in _MEANWHILE or failure.reason.endswith("_NOT_FOUND"):
-        hint = "somebody changed it meanwhile: run again, and look at what is different now"
-    stopped = Failure(
-        f"{step.kind} {step.name}: {failure.message}; {done} of {steps} steps were done",
-        hint,
-        code=failure.code,
-        reason=failure.reason,
-        violations=failure.violations,
-        metadata=failure.metadata,
-        request_id=failure.request_id,
-        retry_after_s=failure.retry_after_s,
-    )
-    stopped.exit = failure.exit
+        stopped.hint = "somebody changed it meanwhile: run again, and look at what is different now"
     return stopped
-
-
-# --- export ---
-
-
-def export(
-    session: Session,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="DIR",
-            help="Write resources.yaml, clients.yaml, roles.yaml and assignments.yaml there.",
-            show_default="one document to standard output",
-        ),
-    ] = None,
-) -> None:
-    """Write what `apply` would read: resources, clients, roles and who holds them; no secret.
-
-    Defaults are left out, and what the server knows for itself. Users are named, not written.
-    """
-    server, out = _Server(session), session.out
-    document = _exported(server, server.current(), out.note)
-    if output is None:
-        return out.document(document) if out.json else out.raw(dump(document).rstrip("\n"))
-    output.mkdir(parents=True, exist_ok=True)
-    for section, objects in document.items():
-        file = output / f"{section}.yaml"
-        fresh = file.with_name(f".{file.name}.new")
-        fresh.write_text(dump({section: objects}), encoding="utf-8")
-        fresh.replace(file)
-    if out.json:
-        return out.document({section: len(each) for section, each in document.items()})
-    counts = ", ".join(f"{len(each)} {section}" for section, each in document.items())
-    return out.note(f"{output}: {counts}")
-
-
-def _exported(
-    server: _Server, current: Current, note: Callable[[str, str], None]
-) -> dict[str, list[dict[str, Any]]]:
-    """In an order that depends on nothing but what is there."""
-    groups: dict[ClientKey, list[Found]] = defaultdict(list)
-    for found in current.clients:
-        groups[key_of(found.fields)].append(found)
-    clients: list[Found] = []
-    for key, group in sorted(groups.items(), key=lambda item: _client_order(item[1][0])):
-        best = bearers(group)
-        clients += sorted(best, key=lambda found: found.client_id)
-        if len(best) > 1:
-            text = f"{len(best)} clients are called {key.value}: apply cannot tell them apart"
-            note(text, "yellow")
-        if len(group) > len(best):
-            text = f"{key.value}: left out {len(group) - len(best)} that were turned away"
-            note(text, "dim")
-    texts = Counter(
-        text
-        for found in clients
-        for text in {str(found.fields["client_name"]), key_of(found.fields).value}
-    )
-    names = {
-        found.client_id: next(
-            (
-                text
-                for text in (str(found.fields["client_name"]), key_of(found.fields).value)
-                if texts[text] == 1
-            ),
-            found.client_id,
-        )
-        for found in clients
-    }
-    permissions: dict[str, list[dict[str, str]]] = defaultdict(list)
-    for (resource_id, name), text in sorted(current.permissions.items()):
-        described = {"description": text} if text else {}
-        permissions[resource_id].append({"name": name, **described})
-    return {
-        "resources": [
-            {
-                "resource_id": id_,
-                **_written(Kind.RESOURCE, found.fields, names),
-                **({"permissions": permissions[id_]} if permissions[id_] else {}),
-            }
-            for id_, found in sorted(current.resources.items())
-        ],
-        "clients": [
-            _written(Kind.CLIENT, found.fields, names)
-            | ({"state": found.state} if found.state != APPROVED else {})
-            for found in clients
-        ],
-        "roles": [
-            {"role_id": id_, **_written(Kind.ROLE, found.fields, names)}
-            for id_, found in sorted(current.roles.items())
-        ],
-        "assignments": sorted(
-            (_held(server, each, names) for each in current.assignments),
-            key=lambda each: [
-                each.get(name, "") for name in ("role_id", "client", "user", "resource_id")
-            ],
-        ),
-    }
-
-
-def _client_order(found: Found) -> tuple[str, str]:
-    return str(found.fields["client_name"]), key_of(found.fields).value
-
-
-def _written(kind: Kind, fields: Fields, names: Mapping[str, str]) -> dict[str, Any]:
-    """The fields that do not hold their defaults."""
-    usual = {**dict.fromkeys(FIELDS[kind], ""), **defaults(kind, fields)}
-    return {
-        name: names.get(str(fields[name]), fields[name])
-        if type_ is Type.CLIENT
-        else written(type_, fields[name])
-        for name, type_ in FIELDS[kind].items()
-        if fields[name] is not None and fields[name] != usual[name]
-    }
-
-
-def _held(server: _Server, held: Assignment, names: Mapping[str, str]) -> dict[str, str]:
-    if held.client is not None:
-        holder = {"client": names.get(held.client.value, held.client.value)}
-    else:
-        holder = {"user": server.username(held.user_id)}
-    where = {"resource_id": held.resource_id} if held.resource_id else {}
-    return {"role_id": held.role_id, **holder, **where}

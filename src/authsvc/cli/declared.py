@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from authsvc.apply import (
     FIELDS,
-    STATES,
+    SETS,
     Declared,
     Fields,
     Kind,
@@ -26,33 +26,26 @@ from authsvc.cli.output import Failure
 SECTIONS: Final = {
     "resources": Kind.RESOURCE,
     "permissions": Kind.PERMISSION,
-    "roles": Kind.ROLE,
     "clients": Kind.CLIENT,
+    "roles": Kind.ROLE,
     "assignments": Kind.ASSIGNMENT,
 }
-NAMES: Final[Mapping[Kind, tuple[str, ...]]] = {
+_NEEDED: Final[Mapping[Kind, tuple[str, ...]]] = {
     Kind.RESOURCE: ("resource_id",),
     Kind.PERMISSION: ("resource_id", "name"),
-    Kind.ROLE: ("role_id",),
     Kind.CLIENT: ("client_name",),
+    Kind.ROLE: ("role_id",),
     Kind.ASSIGNMENT: ("role_id",),
 }
-"""What each object must have."""
-_MORE: Final[Mapping[Kind, tuple[str, ...]]] = {
-    Kind.RESOURCE: ("permissions",),
-    Kind.CLIENT: ("state",),
-    Kind.ASSIGNMENT: ("client", "user", "resource_id"),
-}
-TYPES: Final[Mapping[Kind, Mapping[str, Type]]] = {
-    kind: {
-        **dict.fromkeys((*names, *_MORE.get(kind, ())), Type.TEXT),
-        **FIELDS[kind],
-    }
-    for kind, names in NAMES.items()
-}
+_TYPES: Final[Mapping[Kind, Mapping[str, Type]]] = {
+    kind: {**dict.fromkeys(names, Type.TEXT), **FIELDS[kind]} for kind, names in _NEEDED.items()
+} | {Kind.ASSIGNMENT: dict.fromkeys(("role_id", "client", "user", "resource_id"), Type.TEXT)}
+_INNER: Final = "permissions"
+"""A resource may hold its own."""
+WIRE_NAMES: Final = {"owner": "owner_client_id"}
+"""Fields that the contract calls otherwise: there they hold ids of clients."""
 ENUMS: Final = frozenset({Type.TOKEN_FORMAT, Type.GRANT_TYPES, Type.AUTH_METHODS})
-_LISTS: Final = frozenset({Type.NAMES, Type.TEXTS, Type.GRANT_TYPES, Type.AUTH_METHODS})
-_PAIRS: Final = {Type.SCOPES: ("name", "description"), Type.PERMISSIONS: ("resource_id", "name")}
+PAIRS: Final = {Type.SCOPES: ("name", "description"), Type.PERMISSIONS: ("resource_id", "name")}
 _NULLS: Final = frozenset({"", "~", "null", "Null", "NULL"})
 _DEPTH_MAX: Final = 8
 
@@ -76,24 +69,35 @@ class _Wrong(Exception):
 
 
 def read(path: Path) -> list[Declared]:
-    """Of a file, or of all in a directory. Raises Refused with all problems, or Failure."""
+    """Of a file, or of all in a directory. Raises Failure, or Refused: a problem of each object."""
     files = [path]
     if path.is_dir():
         names = (file for file in path.iterdir() if file.suffix in (".yaml", ".yml"))
         files = sorted(file for file in names if not file.name.startswith("."))
         if not files:
             raise Failure(f"{path}: has no *.yaml", code="NOT_FOUND")
-    reader = _Reader()
+    found: list[Declared] = []
+    problems: list[Problem] = []
     for file in files:
         try:
-            reader.document(_tree(file.read_text(encoding="utf-8"), file.name))
+            objects = _sections(_tree(file.read_text(encoding="utf-8"), file.name))
         except UnicodeDecodeError:
-            reader.problems.append(Problem(file.name, "is not in UTF-8"))
+            problems.append(Problem(file.name, "is not in UTF-8"))
+            continue
         except _Wrong as wrong:
-            reader.problems.append(wrong.problem)
-    if reader.problems:
-        raise Refused(reader.problems)
-    return reader.found
+            problems.append(wrong.problem)
+            continue
+        for kind, node in objects:
+            try:
+                found += _objects(kind, node, {})
+            except _Wrong as wrong:
+                problems.append(wrong.problem)
+    if problems:
+        raise Refused(problems)
+    return found
+
+
+# --- the tree of a file ---
 
 
 def _tree(text: str, file: str) -> Node | None:
@@ -147,69 +151,39 @@ def _node(events: Iterator[Any], event: Any, file: str, depth: int = 0) -> Node:
     return Node(fields, place)
 
 
-class _Reader:
-    """Makes values of nodes; goes on after a problem, to tell them all."""
+# --- what it declares ---
 
-    def __init__(self) -> None:
-        self.found: list[Declared] = []
-        self.problems: list[Problem] = []
 
-    def document(self, root: Node | None) -> None:
-        """Of one file."""
-        if root is None:
-            return
-        for section, node in self._fields("a file", root, SECTIONS):
-            for item in self._items(section, node):
-                self._object(SECTIONS[section], item, {})
+def _sections(root: Node | None) -> list[tuple[Kind, Node]]:
+    sections = _fields("a file", root, SECTIONS) if root else {}
+    return [
+        (SECTIONS[name], each) for name, node in sections.items() for each in _items(name, node)
+    ]
 
-    def _object(self, kind: Kind, item: Node, given: Fields) -> None:
-        fields, before = dict(given), len(self.problems)
-        permissions: list[Node] = []
-        for name, node in self._fields(f"a {kind}", item, TYPES[kind].keys() - given.keys()):
-            if kind is Kind.RESOURCE and name == "permissions":
-                permissions = self._items(name, node)
-                continue
-            try:
-                fields[name] = _value(name, TYPES[kind][name], node)
-            except _Wrong as wrong:
-                self.problems.append(wrong.problem)
-        if len(self.problems) == before:
-            for name in NAMES[kind]:
-                if not fields.get(name):
-                    self.problems.append(Problem(item.place, f"a {kind} needs {name}"))
-        self.found.append(Declared(kind, fields, item.place))
-        for each in permissions:
-            resource_id = fields.get("resource_id", "-")
-            self._object(Kind.PERMISSION, each, {"resource_id": resource_id})
 
-    def _fields(self, what: str, node: Node, known: Iterable[str]) -> list[tuple[str, Node]]:
-        """Those that there can be."""
-        if not isinstance(node.value, dict):
-            self.problems.append(Problem(node.place, f"{what} must have fields"))
-            return []
-        for name in node.value.keys() - set(known):
-            self.problems.append(_unknown(what, name, node.value[name], known))
-        return [(name, each) for name, each in node.value.items() if name in known]
-
-    def _items(self, name: str, node: Node) -> list[Node]:
-        try:
-            return _items(name, node)
-        except _Wrong as wrong:
-            self.problems.append(wrong.problem)
-            return []
+def _objects(kind: Kind, node: Node, given: Fields) -> list[Declared]:
+    """One, and the permissions that stand in it."""
+    types = {name: type_ for name, type_ in _TYPES[kind].items() if name not in given}
+    inner = {_INNER} if kind is Kind.RESOURCE else set()
+    nodes = _fields(f"a {kind}", node, types.keys() | inner)
+    values = {name: _value(name, types[name], nodes[name]) for name in nodes.keys() - inner}
+    for name in _NEEDED[kind]:
+        if not values.get(name) and name not in given:
+            raise _Wrong(node.place, f"a {kind} needs {name}")
+    found = [Declared(kind, {**given, **values}, node.place)]
+    for name in nodes.keys() & inner:
+        for each in _items(name, nodes[name]):
+            found += _objects(Kind.PERMISSION, each, {"resource_id": values["resource_id"]})
+    return found
 
 
 def _fields(what: str, node: Node, known: Iterable[str]) -> dict[str, Node]:
     if not isinstance(node.value, dict):
         raise _Wrong(node.place, f"{what} must have fields")
-    for name in sorted(node.value.keys() - set(known)):
-        raise _Wrong(*_unknown(what, name, node.value[name], known))
+    for name in node.value.keys() - set(known):
+        text = f"{what} has no field {name}; there are: {', '.join(sorted(known))}"
+        raise _Wrong(node.value[name].place, text)
     return node.value
-
-
-def _unknown(what: str, name: str, node: Node, known: Iterable[str]) -> Problem:
-    text = f"{what} has no field {name}; there are: {', '.join(sorted(known))}"
-    return Problem(node.place, text)
 
 
 def _items(name: str, node: Node) -> list[Node]:
@@ -219,34 +193,59 @@ def _items(name: str, node: Node) -> list[Node]:
 
 
 def _value(name: str, type_: Type, node: Node) -> Value:
-    if type_ in _PAIRS:
-        return _pairs(name, type_, node)
-    if type_ in _LISTS:
-        texts = [_text(name, each, type_) for each in _items(name, node)]
-        if len(set(texts)) != len(texts):
-            raise _Wrong(node.place, f"{name}: has an item twice")
-        return tuple(texts if type_ is Type.TEXTS else sorted(texts))
-    text = _text(name, node, type_)
+    if type_ in SETS:
+        found: dict[Any, Any] = {}
+        for each in _items(name, node):
+            item = (_pair if type_ in PAIRS else _text)(name, type_, each)
+            key = item[0] if type_ is Type.SCOPES else item
+            if key in found:
+                raise _Wrong(each.place, f"{name}: has an item twice")
+            found[key] = item
+        return tuple(sorted(found.values()))
+    text = _text(name, type_, node)
     try:
         return _scalar(name, type_, text, plain=node.plain)
-    except (ValueError, Failure) as error:
-        raise _Wrong(node.place, f"{name}: {error}".removeprefix(f"{name}: {name}: ")) from error
+    except Failure as failure:
+        raise _Wrong(node.place, failure.message) from failure
+    except ValueError as error:
+        raise _Wrong(node.place, f"{name}: {error}") from error
+
+
+def _text(name: str, type_: Type, node: Node) -> str:
+    """Of a scalar; of an enum one of its names."""
+    if not isinstance(node.value, str):
+        raise _Wrong(node.place, f"{name}: must be a text")
+    if node.plain and node.value in _NULLS:
+        raise _Wrong(node.place, f"{name}: has no value")
+    if type_ in ENUMS and node.value not in choices(type_):
+        raise _Wrong(node.place, f"{name}: is none of {', '.join(choices(type_))}")
+    return node.value
+
+
+def _pair(name: str, type_: Type, node: Node) -> tuple[str, ...]:
+    parts = PAIRS[type_]
+    nodes = _fields(name, node, parts)
+    texts = {part: _text(f"{name}: {part}", Type.TEXT, each) for part, each in nodes.items()}
+    for part in parts:
+        if not texts.get(part) and part != "description":
+            raise _Wrong(node.place, f"{name}: an item needs {part}")
+    return tuple(texts.get(part, "") for part in parts)
 
 
 def _scalar(name: str, type_: Type, text: str, *, plain: bool) -> Value:
-    """Raises ValueError or Failure."""
+    """As the server keeps it. Raises ValueError or Failure."""
     if type_ is Type.FLAG:
         if not plain or text not in ("true", "false"):
             raise ValueError("must be true or false")
         return text == "true"
     if type_ is Type.SPAN:
-        return span(text, name)
+        return f"{span(text, name)}s"
     if type_ is Type.MOMENT:
         from google.protobuf.timestamp_pb2 import Timestamp
 
-        moment = Timestamp()
-        moment.FromJsonString(text)
-        return moment.ToNanoseconds()
+        parsed = Timestamp()
+        parsed.FromJsonString(text)
+        return moment(parsed)
     if name == "tls_client_auth_san_dns":
         return text.lower()
     if name == "tls_client_auth_subject_dn":
@@ -256,38 +255,15 @@ def _scalar(name: str, type_: Type, text: str, *, plain: bool) -> Value:
     return text
 
 
-def _text(name: str, node: Node, type_: Type = Type.TEXT) -> str:
-    """Of a scalar; of an enum one of its names."""
-    if not isinstance(node.value, str):
-        raise _Wrong(node.place, f"{name}: must be a text")
-    if node.plain and node.value in _NULLS:
-        raise _Wrong(node.place, f"{name}: has no value")
-    if name == "state" and node.value not in STATES:
-        raise _Wrong(node.place, f"state: is none of {', '.join(STATES)}")
-    if type_ in ENUMS and node.value not in choices(type_):
-        raise _Wrong(node.place, f"{name}: is none of {', '.join(choices(type_))}")
-    return node.value
-
-
-def _pairs(name: str, type_: Type, node: Node) -> Value:
-    parts = _PAIRS[type_]
-    needed = parts[:1] if type_ is Type.SCOPES else parts
-    pairs: dict[tuple[str, ...], tuple[str, ...]] = {}
-    for item in _items(name, node):
-        given = _fields(name, item, parts)
-        texts = {part: _text(f"{name}: {part}", each) for part, each in given.items()}
-        for part in needed:
-            if not texts.get(part):
-                raise _Wrong(item.place, f"{name}: an item needs {part}")
-        pair = tuple(texts.get(part, "") for part in parts)
-        if pairs.setdefault(pair[: len(needed)], pair) is not pair:
-            raise _Wrong(item.place, f"{name}: has an item twice")
-    return tuple(sorted(pairs.values()))
+def moment(timestamp: Any) -> str:
+    """Its whole second, as text."""
+    text: str = type(timestamp)(seconds=timestamp.seconds).ToJsonString()
+    return text
 
 
 @cache
-def choices(type_: Type) -> Mapping[str, int]:
-    """Names of an enum as they are declared -> the contract's numbers."""
+def enum_of(type_: Type) -> tuple[Any, str]:
+    """An enum of the contract, and what its names begin with there."""
     from authsvc_client.v1 import clients_pb2, resources_pb2
 
     enums: dict[Type, tuple[Any, str]] = {
@@ -295,29 +271,25 @@ def choices(type_: Type) -> Mapping[str, int]:
         Type.GRANT_TYPES: (clients_pb2.GrantType, "GRANT_TYPE_"),
         Type.AUTH_METHODS: (clients_pb2.ClientAuthMethod, "CLIENT_AUTH_METHOD_"),
     }
-    enum, prefix = enums[type_]
-    return {name.removeprefix(prefix).lower(): number for name, number in enum.items() if number}
+    return enums[type_]
+
+
+@cache
+def choices(type_: Type) -> list[str]:
+    """Names of an enum as they are declared."""
+    enum, prefix = enum_of(type_)
+    return [name.removeprefix(prefix).lower() for name, number in enum.items() if number]
+
+
+# --- writing ---
 
 
 def written(type_: Type, value: Value) -> Any:
     """A value as plain data."""
-    if type_ in _PAIRS:
+    if type_ in PAIRS:
         assert isinstance(value, tuple)
-        pairs = (zip(_PAIRS[type_], pair, strict=True) for pair in value)
+        pairs = (zip(PAIRS[type_], pair, strict=True) for pair in value)
         return [{part: text for part, text in pair if text} for pair in pairs]
-    if type_ is Type.SPAN:
-        assert isinstance(value, int)
-        unit, size = next(
-            (unit, size) for unit, size in (("h", 3600), ("m", 60), ("s", 1)) if not value % size
-        )
-        return f"{value // size}{unit}"
-    if type_ is Type.MOMENT:
-        from google.protobuf.timestamp_pb2 import Timestamp
-
-        assert isinstance(value, int)
-        moment = Timestamp()
-        moment.FromNanoseconds(value)
-        return moment.ToJsonString()
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -325,12 +297,6 @@ def dump(document: Mapping[str, Any]) -> str:
     """YAML that `read` reads."""
     import yaml
 
-    base: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-
-    class Dumper(base):  # type: ignore[misc] # of which of them it is
-        def ignore_aliases(self, _data: object) -> bool:
-            """Nothing is ever left out."""
-            return True
-
-    text: str = yaml.dump(document, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
+    dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    text: str = yaml.dump(document, Dumper=dumper, sort_keys=False, allow_unicode=True, width=100)
     return text
