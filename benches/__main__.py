@@ -11,7 +11,8 @@ from pathlib import Path
 
 from .processes import Cores, authsvc, pin
 from .scene import scene
-from .suite import BENCHES, FULL, QUICK, Size, Stage, measure
+from .stage import FULL, QUICK, Size, Stage
+from .suite import BENCHES, measure
 
 
 def main() -> None:

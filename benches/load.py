@@ -33,6 +33,15 @@ class Method:
         await asyncio.gather(*(caller() for _ in range(width)))
         return answers
 
+    async def one_by_one(self, request: bytes, count: int) -> list[float]:
+        """Makes as many calls, one after another; the seconds that each took."""
+        took = []
+        for _ in range(count):
+            started = time.perf_counter()
+            await self._call(request)
+            took.append(time.perf_counter() - started)
+        return took
+
 
 @dataclass(frozen=True, slots=True)
 class Burst:

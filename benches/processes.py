@@ -76,6 +76,10 @@ class Server:
         """CPU seconds of the process so far, all its threads."""
         return self._ask("cpu")
 
+    def statements(self) -> int:
+        """How many statements ran so far for calls that change nothing, ValidateToken above all."""
+        return int(self._ask("statements"))
+
     def bare(self, what: str) -> float:
         """CPU seconds of one bare signature (`sign`) or its verification (`verify`), there."""
         return self._ask(what)
@@ -119,9 +123,18 @@ def floor(pki: Path, answers: Mapping[str, Answer], core: int | None) -> Server:
     )
 
 
-def authsvc(state_dir: Path, core: int | None, database: str = "") -> Server:
-    """The real thing on free ports, with the embedded defaults but for a migrated database."""
-    return Server("authsvc", state_dir=str(state_dir), core=core, database=database)
+def authsvc(
+    state_dir: Path, core: int | None, database: str = "", *, cheap_passwords: bool = False
+) -> Server:
+    """The real thing on free ports, with the embedded defaults but for a migrated database, the
+    password grant, and passwords that cost next to nothing where they are not what is measured."""
+    return Server(
+        "authsvc",
+        state_dir=str(state_dir),
+        core=core,
+        database=database,
+        cheap_passwords=cheap_passwords,
+    )
 
 
 def _stream(stream: IO[str] | None) -> IO[str]:

@@ -1,8 +1,7 @@
 """The benches, and the one table of their budgets."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -15,29 +14,11 @@ from authsvc.config import load
 from authsvc_client.v1 import auth_pb2
 from tests.servers import Postgres
 
-from .load import Compared, Contender, Method, Round, take_turns, turn
-from .processes import Answer, Cores, Server, authsvc, floor
-from .scene import Scene, connect, scene
-
-Line = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """The bounds of a ratio."""
-
-    least: float | None = None
-    most: float | None = None
-
-    def __str__(self) -> str:
-        bounds = ((">=", self.least), ("<=", self.most))
-        return " ".join(f"{sign}{bound:.2f}" for sign, bound in bounds if bound is not None)
-
-    def holds(self, ratio: float) -> bool:
-        """Whether the ratio keeps it, unrounded."""
-        above = self.least is None or ratio >= self.least
-        return above and (self.most is None or ratio <= self.most)
-
+from .load import Compared, Contender, take_turns, turn
+from .people import password_beside_validate, permissions_reach, validate_full_warm
+from .processes import authsvc
+from .scene import scene
+from .stage import Budget, Line, Stage, rates, require_active, warm
 
 BUDGETS: Mapping[str, Budget] = {
     # Two equal servers: what this method of measuring finds between them is its error.
@@ -49,49 +30,13 @@ BUDGETS: Mapping[str, Budget] = {
     "issue": Budget(least=0.75),
     # Transactions that write, a call: one statement that commits itself.
     "refresh": Budget(most=1.0),
+    # None is set: `verdict_ratio` is what the same token reaches without its permissions.
+    "validate_full_warm": Budget(),
+    # The slowest of a hundred, in intervals of the poll that finds changes without Redis.
+    "permissions_reach": Budget(most=1.1),
+    # The median while passwords are hashed, of that while none are.
+    "password_beside_validate": Budget(most=1.1),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """How much is measured."""
-
-    rounds: int
-    calls: int
-    """Of a burst."""
-
-
-FULL, QUICK = Size(rounds=60, calls=400), Size(rounds=3, calls=60)
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """authsvc, its scene, and where to put the floor."""
-
-    scene: Scene
-    authsvc: Server
-    cores: Cores
-    size: Size
-
-    def same(self, request: bytes) -> list[list[bytes]]:
-        """Batches of one request; one more than are counted."""
-        return [[request] * self.size.calls] * (self.size.rounds + 1)
-
-    @asynccontextmanager
-    async def contenders(
-        self, peer: str, method: str, request: bytes, *, signs: bool = False
-    ) -> AsyncIterator[tuple[Contender, Contender]]:
-        """The floor, which answers what authsvc answers to the request, and authsvc."""
-        async with connect(self.scene.pki, peer, self.authsvc.port) as channel:
-            real = Method(channel, method)
-            [response] = await real.burst([request])
-            answers = {method: Answer.of(f"{method}Request", response, signs=signs)}
-            with floor(self.scene.pki, answers, self.cores.servers) as server:
-                async with connect(self.scene.pki, peer, server.port) as floor_channel:
-                    yield (
-                        Contender(server, Method(floor_channel, method)),
-                        Contender(self.authsvc, real),
-                    )
 
 
 async def floor_echo(stage: Stage) -> Line:
@@ -102,7 +47,7 @@ async def floor_echo(stage: Stage) -> Line:
         stage.contenders("billing", "ValidateToken", request) as (one, _),
         stage.contenders("billing", "ValidateToken", request) as (other, _),
     ):
-        return _rates(Compared.of(await take_turns(one, other, stage.same(request))))
+        return rates(Compared.of(await take_turns(one, other, stage.same(request))))
 
 
 async def validate_warm(stage: Stage) -> Line:
@@ -110,7 +55,7 @@ async def validate_warm(stage: Stage) -> Line:
     verdict = await _warm(stage, auth_pb2.TOKEN_VIEW_VERDICT)
     claims = await _warm(stage, auth_pb2.TOKEN_VIEW_CLAIMS)
     return {
-        **_rates(verdict),
+        **rates(verdict),
         "claims_ratio": round(claims.rate_ratio, 4),
         "claims_cpu_us": round(claims.cpu_us, 1),
         "claims_floor_cpu_us": round(claims.floor_cpu_us, 1),
@@ -119,11 +64,7 @@ async def validate_warm(stage: Stage) -> Line:
 
 async def _warm(stage: Stage, view: auth_pb2.TokenView.ValueType) -> Compared:
     [token] = await stage.scene.tokens(1)
-    request = stage.scene.validation(token, view)
-    async with stage.contenders("billing", "ValidateToken", request) as (echo, real):
-        rounds = await take_turns(echo, real, stage.same(request))
-    _require_active(rounds)
-    return Compared.of(rounds)
+    return await warm(stage, stage.scene.validation(token, view))
 
 
 async def validate_cold(stage: Stage) -> Line:
@@ -134,7 +75,7 @@ async def validate_cold(stage: Stage) -> Line:
     batches = [requests[at : at + size.calls] for at in range(1, len(requests), size.calls)]
     async with stage.contenders("billing", "ValidateToken", requests[0]) as (echo, real):
         rounds = await take_turns(echo, real, batches, bare="verify")
-    _require_active(rounds)
+    require_active(rounds)
     compared = Compared.of(rounds)
     return {
         "value": round(median(r.real.cpu_s - r.floor.cpu_s for r in rounds) * 1e6, 1),
@@ -157,7 +98,7 @@ async def issue(stage: Stage) -> Line:
     if not all(answer.token.access_token for answer in answers):
         raise RuntimeError("an answer without a token")
     sign_us = round(median(r.bare_s for r in rounds) * 1e6, 1)
-    return {**_rates(Compared.of(rounds)), "sign_us": sign_us}
+    return {**rates(Compared.of(rounds)), "sign_us": sign_us}
 
 
 async def refresh(stage: Stage) -> Line:
@@ -200,9 +141,9 @@ async def _refreshed(
         tokens = [answer.token.refresh_token for answer in answers]
         counted += len(tokens) * bool(number)
     after = await _transactions(database)
-    rates = _rates(Compared.of(rounds[1:]))
-    rate_ratio = round(rates["ratio"], 4)
-    return {**rates, "ratio": (after - before - 1) / counted, "rate_ratio": rate_ratio}
+    line = rates(Compared.of(rounds[1:]))
+    rate_ratio = round(line["ratio"], 4)
+    return {**line, "ratio": (after - before - 1) / counted, "rate_ratio": rate_ratio}
 
 
 async def _transactions(database: "asyncpg.Connection[Any]") -> int:
@@ -211,7 +152,17 @@ async def _transactions(database: "asyncpg.Connection[Any]") -> int:
 
 
 BENCHES: Mapping[str, Callable[[Stage], Awaitable[Line]]] = {
-    bench.__name__: bench for bench in (floor_echo, validate_warm, validate_cold, issue, refresh)
+    bench.__name__: bench
+    for bench in (
+        floor_echo,
+        validate_warm,
+        validate_cold,
+        issue,
+        refresh,
+        validate_full_warm,
+        permissions_reach,
+        password_beside_validate,
+    )
 }
 
 
@@ -222,21 +173,3 @@ async def measure(name: str, stage: Stage) -> Line:
     judged = {"budget": str(budget), "ok": budget.holds(line["ratio"])}
     line = {"bench": name, **line, **judged, "pinned": stage.cores.pinned}
     return line | {"ratio": round(line["ratio"], 4)}
-
-
-def _rates(compared: Compared) -> Line:
-    return {
-        "value": round(compared.rate),
-        "unit": "requests/s",
-        "floor": round(compared.floor_rate),
-        "ratio": compared.rate_ratio,
-        "cpu_us": round(compared.cpu_us, 1),
-        "floor_cpu_us": round(compared.floor_cpu_us, 1),
-        "busy": round(compared.busy, 2),
-    }
-
-
-def _require_active(rounds: Sequence[Round]) -> None:
-    answers = (a for r in rounds for a in r.real.answers)
-    if not all(auth_pb2.ValidateTokenResponse.FromString(answer).active for answer in answers):
-        raise RuntimeError("an answer that is not active")
