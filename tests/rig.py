@@ -140,6 +140,7 @@ class Rig:
             last,
             stepped(self.open_grant),
             stepped(self.check_password),
+            self.follow.poll,
         )
         self.refresh = RefreshToken(
             ISSUER,

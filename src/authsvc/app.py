@@ -286,6 +286,7 @@ class App:
                     mint,
                     OpenGrant(store.grants, store.sessions, refresh_keys, life),
                     check_password if settings.grants.password else None,
+                    self.follow.fresh,
                 ),
                 refresh=RefreshToken(
                     issuer,

@@ -45,8 +45,10 @@ class IssueToken:
         mint: Mint,
         open_grant: OpenGrant,
         check_password: CheckPassword | None,
+        fresh: Callable[[], Awaitable[None]],
     ) -> None:
-        """`alive` finds an access token of ours that is alive now, whoever presents it.
+        """`alive` finds an access token of ours that is alive now, whoever presents it; `fresh`
+        applies all that was written before it was called.
 
         Without `check_password` no client is let in by the password grant.
         """
@@ -57,9 +59,13 @@ class IssueToken:
         self._mint = mint
         self._open_grant = open_grant
         self._check_password = check_password
+        self._fresh = fresh
 
     async def __call__(self, request: TokenRequest, peer: Peer) -> TokenAnswer:
         """Raises AuthError with the reasons of the contract, and StateStale."""
+        if request.grant_type is GrantType.PASSWORD and self._check_password is not None:
+            # Whoever set the password elsewhere cut its user off: a `rev` of before would be dead.
+            await self._fresh()
         moment = self._mint.begin()
         grant = GRANTS.get(request.grant_type)
         if grant is None:

@@ -577,18 +577,34 @@ async def test_failures_cost_nothing_then_more_and_more(place: Place, store: Sto
         assert await charge([ONE, TWO]) == 0.0
 
 
-async def test_failures_are_forgotten_a_while_after_the_last(place: Place, store: Store) -> None:
+async def test_failures_are_forgotten_one_by_one(place: Place, store: Store) -> None:
+    each_s = FAILURE_S / ONE.free
     for _ in range(2):
         await store.failures.charge([ONE])
-    await _later(place, FAILURE_S - 1)
+    for seconds, count in ((each_s - 5, 3), (6, 3), (each_s, 3), (FAILURE_S, 1)):
+        await _later(place, seconds)
+        assert await store.failures.charge([ONE]) == 0.0
+        assert await _counts(place) == {ONE.digest: count}
+
+
+async def test_good_try_keeps_no_failure_from_being_forgotten(place: Place, store: Store) -> None:
+    for _ in range(10):
+        await store.failures.charge([TWO])
+    for _ in range(10):
+        await _later(place, 5)
+        await store.failures.charge([TWO])
+        await store.failures.take_back([TWO])
+    assert 4 <= (await _counts(place))[TWO.digest] <= 5
+
+
+async def test_wait_is_no_longer_where_the_clock_went_back(place: Place, store: Store) -> None:
+    for _ in range(3):
+        await store.failures.charge([ONE])
+        await _later(place, 1)
+    assert await store.failures.charge([ONE]) > 0
+    await _later(place, -7200)
     assert await store.failures.charge([ONE]) == 0.0
-    assert await _counts(place) == {ONE.digest: 3}
-    await _later(place, FAILURE_S - 1)
-    assert await store.failures.charge([ONE]) == 0.0
-    assert await _counts(place) == {ONE.digest: 4}
-    await _later(place, FAILURE_S)
-    assert await store.failures.charge([ONE]) == 0.0
-    assert await _counts(place) == {ONE.digest: 1}
+    assert 3.0 < await store.failures.charge([ONE]) <= 4.0
 
 
 async def test_many_at_once_are_counted_one_by_one(place: Place) -> None:

@@ -6,6 +6,7 @@ Order: deadline, peer, who may call, limits, the verb; around it errors, metrics
 import asyncio
 import re
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ from authsvc_client.core.cache import BytesCache
 DEADLINE_S_MAX = 30.0
 REQUEST_ID_KEY = "x-request-id"
 PREPARED_BYTES_MAX = 32 * 2**20
+REFUSALS_MAX = 10
+"""How many of a caller's refusals a worker audits in a minute; the others are in the log alone."""
 
 log = structlog.get_logger()
 
@@ -68,6 +71,10 @@ class Call:
         """Network address of the peer, without the port; empty for a socket that has none."""
         kind, _, rest = unquote(self._context.peer()).partition(":")
         return rest.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else ""
+
+    def may_go_by(self, name: str) -> bool:
+        """Whether nobody else is known by a name in the peer's certificate."""
+        return not self._policy.is_taken(name, self.peer, self.now)
 
     async def find_caller(self) -> Caller | None:
         """The caller of a public method, if it is anybody yet."""
@@ -114,6 +121,8 @@ class Pipeline:
         self._clock = clock
         self._limit = TimeLimit(DEADLINE_S_MAX)
         self._draining = False
+        self._refusals: Counter[str] = Counter()
+        self._minute = 0
 
     def drain(self) -> None:
         """Ends the streams, each with its next message; other calls go on."""
@@ -163,12 +172,23 @@ class Pipeline:
         if error.reason is not Reason.INSUFFICIENT_SCOPE or SCOPE_ADMIN not in rule.scopes:
             return
         call = await self._admit(_ANYBODY, context, authorization)
-        await call.find_caller()
+        caller = await call.find_caller()
+        if caller is None or not self._is_told(caller.name, call.now):
+            return
         acting.begin(partial(_act, action, call, call.address, None, request_id))
         try:
             await self._refused(error.reason)
         except AuthError as lost:
             log.warning("audit.refusal_lost", method=action, cause=lost.cause)
+
+    def _is_told(self, name: str, now: float) -> bool:
+        """Whether one more refusal of a caller is audited, which asks for a row that is kept."""
+        minute = int(now / 60)
+        if minute != self._minute:
+            self._refusals.clear()
+            self._minute = minute
+        self._refusals[name] += 1
+        return self._refusals[name] <= REFUSALS_MAX
 
     def _unary(
         self,
@@ -286,7 +306,9 @@ def _act(action: str, call: Call, address: str, request: Any, request_id: str) -
     caller = call.admitted
     peer = call.peer.spiffe_id or next(iter(sorted(call.peer.dns_names)), call.peer.subject_dn)
     # A client that authenticates in a public method has done so before anything is written.
-    actor = caller.name if caller is not None else getattr(request, "client_id", "") or peer
+    actor = caller.name if caller is not None else getattr(request, "client_id", "")
+    if not actor and call.may_go_by(peer):
+        actor = peer
     behalf = caller.subject if caller is not None and caller.subject != actor else ""
     mask = getattr(request, "update_mask", None)
     return Act(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from google.protobuf.descriptor import MethodDescriptor
 
+from authsvc.acting import ITSELF
 from authsvc.clock import Clock
 from authsvc.errors import AuthError, Reason
 from authsvc.identify import Identify
@@ -103,6 +104,12 @@ class Policy:
         if held is not None and held[0] is peer and held[1] is client and held[2] is catalog:
             return held[3]
         return self._as_client(client, peer, catalog)
+
+    def is_taken(self, name: str, peer: Peer, now: float) -> bool:
+        """Whether the audit knows another by this name in a peer's certificate: authsvc itself, or
+        an administrator, whom not every CA can vouch for.
+        """
+        return name == ITSELF or (name in self._admins and not self._is_admin(peer, now))
 
     def _is_admin(self, peer: Peer, now: float) -> bool:
         ca = self._admin_ca()

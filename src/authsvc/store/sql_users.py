@@ -34,7 +34,7 @@ from authsvc_client.core.markers import MarkerKind, marker_key
 REQUEST_S = 600.0
 """How long a creation may be asked for again."""
 FAILURE_S = 15 * 60.0
-"""How long a failure counts after the last one."""
+"""After so long without one no failure counts any more."""
 WAIT_S_MAX = 60.0
 
 
@@ -383,6 +383,7 @@ class SqlFailures:
         waiting = select(FAILURE.c.wait_until - self._db.time).where(
             FAILURE.c.digest.in_([counter.digest for counter in counters]),
             FAILURE.c.wait_until > self._db.time,
+            FAILURE.c.wait_until <= self._db.time + WAIT_S_MAX,  # else the clock went back
         )
         async with self._db.read() as connection:  # who comes too early writes nothing
             waits = (await connection.execute(waiting)).scalars().all()
@@ -392,18 +393,18 @@ class SqlFailures:
             charged = []
             for counter in _in_order(counters):
                 row = await self._lock(connection, counter)
-                if row.wait_until > row.time:
+                if row.time < row.wait_until <= row.time + WAIT_S_MAX:
                     return float(row.wait_until - row.time)
                 charged.append((counter, row))
             for counter, row in charged:
-                count = 1 + (row.failures if row.expire_time > row.time else 0)
+                count, expires = _left(row, counter.free)
                 await connection.execute(
                     update(FAILURE)
                     .where(FAILURE.c.digest == counter.digest)
                     .values(
-                        count=count,
-                        wait_until=row.time + wait_s(count, counter.free),
-                        expire_time=row.time + FAILURE_S,
+                        count=count + 1,
+                        wait_until=row.time + wait_s(count + 1, counter.free),
+                        expire_time=expires,
                     )
                 )
         return 0.0
@@ -455,6 +456,18 @@ class SqlFailures:
 def wait_s(count: int, free: int) -> float:
     """How long to wait after so many failures: nothing, then 1, 2, 4 … 60 s."""
     return min(2.0 ** min(count - free, 10), WAIT_S_MAX) if count >= free else 0.0
+
+
+def _left(row: Row[Any], free: int) -> tuple[int, float]:
+    """How many failures still count, and when they would not: as many as are free are forgotten
+    in FAILURE_S, one by one, or a peer that never rests would be held to all it ever did.
+    """
+    each_s = FAILURE_S / free
+    since = min(row.expire_time - FAILURE_S, row.time)
+    forgotten = int((row.time - since) / each_s)
+    if row.expire_time <= row.time or forgotten >= row.failures:
+        return 0, row.time + FAILURE_S
+    return row.failures - forgotten, since + forgotten * each_s + FAILURE_S
 
 
 def _in_order(counters: Iterable[Counter]) -> list[Counter]:
