@@ -330,7 +330,7 @@ _CALLABLES = {
 }
 
 
-def stub_of(opened: grpc.aio.Channel, service: ServiceDescriptor, name: str) -> Any:
+def stub_of(opened: grpc.aio.Channel | grpc.Channel, service: ServiceDescriptor, name: str) -> Any:
     """The callable that generated code would have."""
     return getattr(opened, _CALLABLES[_kind(name)])(
         f"/{service.full_name}/{name}",

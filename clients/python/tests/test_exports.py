@@ -13,8 +13,9 @@ from authsvc_client.core import judge
 EXPORTS = """
 AuthsvcClient AuthsvcError Caller Certificates Claims Conflict DeadlineExceeded Internal
 InvalidRequest KeySet NotFound NotImplementedByServer Pace PermissionDenied Reason ReloadingChannel
-RemoteVerdict RequireInterceptor ResourceExhausted RuleRefused Step Token TokenPlan TokenSource
-TokenUnavailable Unauthenticated Unavailable Validator Verdict Violation bearer caller channel
+RemoteVerdict RequireInterceptor ResourceExhausted RuleRefused Step SyncAuthsvcClient
+SyncRequireInterceptor SyncTokenSource SyncValidator Token TokenPlan TokenSource TokenUnavailable
+Unauthenticated Unavailable Validator Verdict Violation bearer caller channel sync_bearer
 sync_channel
 """
 

@@ -1,7 +1,8 @@
 """Python client of authsvc: tokens of its own for a service, and a check of its callers' tokens."""
 
+from .admission import Verdict
 from .channel import Certificates, ReloadingChannel, channel, sync_channel
-from .client import AuthsvcClient, KeySet, RemoteVerdict
+from .client import AuthsvcClient
 from .client_interceptors import bearer
 from .core.claims import Claims
 from .core.reason import Reason
@@ -21,8 +22,13 @@ from .errors import (
     Violation,
 )
 from .identity import Caller, caller
-from .interceptors import RequireInterceptor, Validator, Verdict
+from .interceptors import RequireInterceptor, Validator
+from .messages import KeySet, RemoteVerdict
 from .rules import RuleRefused
+from .sync_client import SyncAuthsvcClient
+from .sync_client_interceptors import sync_bearer
+from .sync_interceptors import SyncRequireInterceptor, SyncValidator
+from .sync_token_source import SyncTokenSource
 from .token_source import Pace, Step, Token, TokenPlan, TokenSource
 
 __all__ = [
@@ -47,6 +53,10 @@ __all__ = [
     "ResourceExhausted",
     "RuleRefused",
     "Step",
+    "SyncAuthsvcClient",
+    "SyncRequireInterceptor",
+    "SyncTokenSource",
+    "SyncValidator",
     "Token",
     "TokenPlan",
     "TokenSource",
@@ -59,5 +69,6 @@ __all__ = [
     "bearer",
     "caller",
     "channel",
+    "sync_bearer",
     "sync_channel",
 ]

@@ -12,6 +12,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from .client_interceptors import bearer
+from .sync_client_interceptors import sync_bearer
+from .sync_token_source import SyncTokenSource
 from .token_source import TokenSource
 
 Options = Sequence[tuple[str, Any]]
@@ -108,13 +110,17 @@ def sync_channel(
     target: str,
     certificates: Certificates,
     *,
+    token_source: SyncTokenSource | None = None,
+    interceptors: Sequence[Any] = (),
     server_name: str | None = None,
     keepalive_s: float = KEEPALIVE_S,
     options: Options = (),
 ) -> grpc.Channel:
     """As `channel`, for the blocking stubs."""
     credentials = certificates.channel_credentials()
-    return grpc.secure_channel(target, credentials, _options(server_name, keepalive_s, options))
+    opened = grpc.secure_channel(target, credentials, _options(server_name, keepalive_s, options))
+    own = sync_bearer(token_source, tls=True) if token_source else ()
+    return grpc.intercept_channel(opened, *interceptors, *own)
 
 
 def _options(

@@ -27,6 +27,39 @@ RENEWED_FOR = frozenset(
 """Reasons of a callee's UNAUTHENTICATED that a new token can help against."""
 
 
+def is_renewed_for(error: AuthsvcError) -> bool:
+    """Whether a new token can help against a callee's UNAUTHENTICATED."""
+    reason = error.reason
+    if reason is Reason.CALLER_TOKEN_INVALID:  # authsvc's own answer to a bearer token
+        name = error.metadata.get("verdict", "")
+        reason = Reason.__members__.get(name, Reason.UNSPECIFIED)
+    return reason in RENEWED_FOR
+
+
+def has_authorization(details: Any) -> bool:
+    """Whether a call brings its own."""
+    return any(key.lower() == AUTHORIZATION for key, _ in details.metadata or ())
+
+
+def trailers_of(error: AuthsvcError) -> tuple[tuple[str, bytes], ...]:
+    """Those with which the callee would have sent it."""
+    return error_trailers(
+        error.code, error.message, error.reason, error.metadata, error.retry_after_s
+    )
+
+
+class TokenCredentials:
+    """Tokens as call credentials, which gRPC refuses to send in the clear."""
+
+    def __init__(self) -> None:
+        self._made = functools.lru_cache(maxsize=2)(grpc.access_token_call_credentials)
+
+    def beside(self, own: grpc.CallCredentials | None, token: str) -> grpc.CallCredentials:
+        """A token's, with those that the call brings."""
+        made = self._made(token)
+        return made if own is None else grpc.composite_call_credentials(own, made)
+
+
 def bearer(source: TokenSource, *, tls: bool = False) -> list[grpc.aio.ClientInterceptor]:
     """Interceptors of all four kinds that add `authorization: Bearer <token>`.
 
@@ -52,7 +85,7 @@ class _Tokens:
 
     def __init__(self, source: TokenSource, tls: bool) -> None:
         self._source, self._tls = source, tls
-        self._credentials = functools.lru_cache(maxsize=2)(grpc.access_token_call_credentials)
+        self._credentials = TokenCredentials()
         self._tasks: set[asyncio.Task[bool]] = set()
 
     async def show(self, details: Any, deadline: float | None) -> tuple[Any, str]:
@@ -68,10 +101,8 @@ class _Tokens:
         metadata, credentials = details.metadata, details.credentials
         if self._tls:
             metadata = grpc.aio.Metadata(*(metadata or ()), (AUTHORIZATION, f"Bearer {token}"))
-        elif credentials is None:
-            credentials = self._credentials(token)
         else:
-            credentials = grpc.composite_call_credentials(credentials, self._credentials(token))
+            credentials = self._credentials.beside(credentials, token)
         shown = grpc.aio.ClientCallDetails(
             method=details.method,
             timeout=None if deadline is None else max(0.0, deadline - _loop_time()),
@@ -92,18 +123,14 @@ class _Tokens:
                 await call.trailing_metadata(),
             )
         )
-        reason = error.reason
-        if reason is Reason.CALLER_TOKEN_INVALID:  # authsvc's own answer to a bearer token
-            name = error.metadata.get("verdict", "")
-            reason = Reason.__members__.get(name, Reason.UNSPECIFIED)
-        if reason not in RENEWED_FOR:
+        if not is_renewed_for(error):
             return False
         self._source.invalidate(token)
         return True
 
     async def stream(self, continuation: Any, details: Any, request: Any) -> Any:
         """One call, watched to its end."""
-        if _has_authorization(details):
+        if has_authorization(details):
             return await continuation(details, request)
         shown, token = await self.show(details, _deadline(details))
         call = await _proceed(continuation, shown, request)
@@ -125,7 +152,7 @@ class _UnaryUnary(grpc.aio.UnaryUnaryClientInterceptor):
     async def intercept_unary_unary(
         self, continuation: Any, client_call_details: Any, request: Any
     ) -> Any:
-        if _has_authorization(client_call_details):
+        if has_authorization(client_call_details):
             return await continuation(client_call_details, request)
         deadline = _deadline(client_call_details)
         shown, token = await self._tokens.show(client_call_details, deadline)
@@ -188,10 +215,6 @@ async def _proceed(continuation: Any, details: Any, request: Any) -> Any:
         raise _rpc_error(AuthsvcError(text, code=grpc.StatusCode.UNAUTHENTICATED)) from usage
 
 
-def _has_authorization(details: Any) -> bool:
-    return any(key.lower() == AUTHORIZATION for key, _ in details.metadata or ())
-
-
 def _loop_time() -> float:
     return asyncio.get_running_loop().time()
 
@@ -202,9 +225,5 @@ def _deadline(details: Any) -> float | None:
 
 def _rpc_error(error: AuthsvcError) -> grpc.aio.AioRpcError:
     """As gRPC would have raised it: to who calls, no token is a call that failed."""
-    trailers = error_trailers(
-        error.code, error.message, error.reason, error.metadata, error.retry_after_s
-    )
-    return grpc.aio.AioRpcError(
-        error.code, grpc.aio.Metadata(), grpc.aio.Metadata(*trailers), error.message
-    )
+    trailers = grpc.aio.Metadata(*trailers_of(error))
+    return grpc.aio.AioRpcError(error.code, grpc.aio.Metadata(), trailers, error.message)
