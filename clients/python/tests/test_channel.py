@@ -89,18 +89,26 @@ async def test_channel_to_a_server_of_another_name_is_refused_unless_it_is_given
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
-def unavailable_twice(authsvc: Authsvc) -> None:
+def unavailable_twice(
+    authsvc: Authsvc, code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE
+) -> None:
     calls = itertools.count()
 
     async def before(_: Any, context: Any) -> None:
         if next(calls) < 2:
-            await fail(context, grpc.StatusCode.UNAVAILABLE, Reason.STORE_UNAVAILABLE)
+            await fail(context, code, Reason.STORE_UNAVAILABLE)
 
     authsvc.fake.before = before
 
 
 async def test_unavailable_is_retried_where_repeating_is_harmless(authsvc: Authsvc) -> None:
     unavailable_twice(authsvc)
+    await authsvc.client.validate("t")
+    assert len(authsvc.fake.validated) == 3
+
+
+async def test_what_a_stopping_server_cancels_is_retried_too(authsvc: Authsvc) -> None:
+    unavailable_twice(authsvc, grpc.StatusCode.CANCELLED)
     await authsvc.client.validate("t")
     assert len(authsvc.fake.validated) == 3
 
@@ -119,7 +127,7 @@ def test_retried_methods_exist_and_change_nothing() -> None:
     assert not {"IssueToken", "RefreshToken", "RegisterClient", "RevokeToken"} & set(RETRIED)
     config = json.loads(json.dumps(SERVICE_CONFIG))["methodConfig"][0]
     assert {name["service"] for name in config["name"]} == {service.full_name}
-    assert config["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]
+    assert config["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE", "CANCELLED"]
 
 
 async def test_sync_channel_reaches_authsvc(

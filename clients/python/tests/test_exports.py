@@ -15,8 +15,8 @@ AuthsvcClient AuthsvcError Caller Certificates Claims Conflict DeadlineExceeded 
 InvalidRequest KeySet NotFound NotImplementedByServer Pace PermissionDenied Reason ReloadingChannel
 RemoteVerdict RequireInterceptor ResourceExhausted RuleRefused Step SyncAuthsvcClient
 SyncRequireInterceptor SyncTokenSource SyncValidator Token TokenPlan TokenSource TokenUnavailable
-Unauthenticated Unavailable Validator Verdict Violation bearer caller channel sync_bearer
-sync_channel
+Unauthenticated Unavailable Validator Verdict Violation bearer caller channel request_id
+sync_bearer sync_channel
 """
 
 

@@ -24,6 +24,7 @@ from .errors import (
 from .identity import Caller, caller
 from .interceptors import RequireInterceptor, Validator
 from .messages import KeySet, RemoteVerdict
+from .request_id import request_id
 from .rules import RuleRefused
 from .sync_client import SyncAuthsvcClient
 from .sync_client_interceptors import sync_bearer
@@ -69,6 +70,7 @@ __all__ = [
     "bearer",
     "caller",
     "channel",
+    "request_id",
     "sync_bearer",
     "sync_channel",
 ]

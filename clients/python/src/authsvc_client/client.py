@@ -12,6 +12,7 @@ from .errors import AuthsvcError
 from .messages import ACCESS_TOKEN_TYPE as ACCESS_TOKEN_TYPE
 from .messages import REFRESH_TOKEN_TYPE as REFRESH_TOKEN_TYPE
 from .messages import KeySet, RemoteVerdict
+from .request_id import header
 from .token_source import Token, TokenSource
 from .v1 import auth_pb2
 from .v1.auth_pb2_grpc import AuthServiceStub
@@ -145,7 +146,7 @@ class AuthsvcClient:
 
     async def _call(self, method: Any, request: Any) -> Any:
         try:
-            return await method(request, timeout=self._timeout_s)
+            return await method(request, timeout=self._timeout_s, metadata=header())
         except grpc.RpcError as error:
             raise AuthsvcError.from_rpc_error(error) from error
 

@@ -8,6 +8,7 @@ import grpc
 
 from .core.reason import Reason
 from .errors import AuthsvcError, TokenUnavailable, error_trailers
+from .request_id import header
 from .token_source import TokenSource
 
 AUTHORIZATION = "authorization"
@@ -98,9 +99,10 @@ class _Tokens:
             raise _rpc_error(error) from None
         except TokenUnavailable as unavailable:
             raise _rpc_error(unavailable) from unavailable
-        metadata, credentials = details.metadata, details.credentials
+        metadata = grpc.aio.Metadata(*(details.metadata or ()), *header(details.metadata))
+        credentials = details.credentials
         if self._tls:
-            metadata = grpc.aio.Metadata(*(metadata or ()), (AUTHORIZATION, f"Bearer {token}"))
+            metadata.add(AUTHORIZATION, f"Bearer {token}")
         else:
             credentials = self._credentials.beside(credentials, token)
         shown = grpc.aio.ClientCallDetails(

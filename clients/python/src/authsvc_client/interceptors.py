@@ -25,6 +25,7 @@ from .admission import (
 )
 from .core.step_up import StepUp
 from .identity import Caller, current
+from .request_id import begin
 from .rules import Rule
 
 _log = logging.getLogger("authsvc_client")
@@ -87,6 +88,7 @@ class RequireInterceptor(grpc.aio.ServerInterceptor):
         if inspect.isasyncgenfunction(inner):
 
             async def yields(request: Any, context: Any) -> AsyncIterator[Any]:
+                begin(context)
                 current.set(await admit(context))
                 async with aclosing(inner(request, context)) as responses:
                     async for response in responses:
@@ -96,6 +98,7 @@ class RequireInterceptor(grpc.aio.ServerInterceptor):
         if inspect.iscoroutinefunction(inner):
 
             async def returns(request: Any, context: Any) -> Any:
+                begin(context)
                 current.set(await admit(context))
                 return await inner(request, context)
 

@@ -12,6 +12,7 @@ from .client import TIMEOUT_S
 from .core.step_up import NO_STEP_UP, StepUp
 from .errors import AuthsvcError, TokenUnavailable
 from .messages import KeySet, RemoteVerdict
+from .request_id import header
 from .sync_token_source import SyncTokenSource
 from .token_source import Token
 from .v1 import auth_pb2
@@ -129,7 +130,7 @@ class SyncAuthsvcClient:
 
     def _call(self, method: Any, request: Any) -> Any:
         try:
-            return method(request, timeout=self._timeout_s)
+            return method(request, timeout=self._timeout_s, metadata=header())
         except grpc.RpcError as error:
             raise AuthsvcError.from_rpc_error(error) from error
 
@@ -158,7 +159,9 @@ class _Fetch:
         with self._lock:
             if self._cancelled:
                 raise TokenUnavailable("the token source is closed")
-            self._call = self._method.future(self._request, timeout=self._timeout_s)
+            self._call = self._method.future(
+                self._request, timeout=self._timeout_s, metadata=header()
+            )
         try:
             return messages.token_of(self._call.result())
         except grpc.RpcError as error:

@@ -15,6 +15,7 @@ from .client_interceptors import (
     trailers_of,
 )
 from .errors import AuthsvcError, TokenUnavailable
+from .request_id import header
 from .sync_token_source import SyncTokenSource
 
 
@@ -95,7 +96,8 @@ class _Bearer(
             raise _FailedCall(AuthsvcError("no access token in time", code=code)) from timeout
         except TokenUnavailable as unavailable:
             raise _FailedCall(unavailable) from unavailable
-        metadata, credentials = tuple(details.metadata or ()), details.credentials
+        metadata = (*(details.metadata or ()), *header(details.metadata))
+        credentials = details.credentials
         if self._tls:
             metadata = (*metadata, (AUTHORIZATION, f"Bearer {token}"))
         else:

@@ -24,6 +24,7 @@ from .admission import (
 )
 from .core.step_up import StepUp
 from .identity import Caller, current
+from .request_id import begin
 from .rules import Rule
 
 _log = logging.getLogger("authsvc_client")
@@ -87,6 +88,7 @@ class SyncRequireInterceptor(grpc.ServerInterceptor):
 
         def behaviour(request: Any, context: Any) -> Any:
             # gRPC reads a stream of answers in the thread and the context of this very call.
+            begin(context)
             current.set(admit(context))
             return inner(request, context)
 

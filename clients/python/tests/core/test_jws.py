@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed448
 from authsvc_client.core.jws import KeyRefused, Refused, Verifier, verify_compact
 from authsvc_client.core.reason import Reason
 
-from .tokens import KEY, Key, b64, number
+from .tokens import KEY, Key, b64, named, number
 
 RSA = Key("rsa", "RS256")
 ED = Key("ed", "EdDSA")
@@ -85,7 +85,7 @@ ODD = 2**16384 + 1
             },
         ),
     ],
-    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+    ids=lambda value: named(value)[:40] if isinstance(value, dict) else "",
 )
 def test_key_that_may_not_verify_is_refused(key: Key, changes: dict[str, Any]) -> None:
     assert Verifier(key.jwk).alg == key.alg
@@ -110,7 +110,7 @@ def test_key_with_a_member_missing_is_refused(name: str) -> None:
         (RSA, {"n": number(2**2047 + 1)}),
         (RSA, {"n": number(2**8191 + 1)}),
     ],
-    ids=str,
+    ids=named,
 )
 def test_key_just_inside_the_rules_is_taken(key: Key, changes: dict[str, Any]) -> None:
     assert Verifier({**key.jwk, **changes}).kid == key.kid
@@ -142,7 +142,7 @@ MALFORMED = Reason.TOKEN_MALFORMED
         ({"alg": "ES256", "jwk": KEY.jwk}, MALFORMED),
         ({"alg": "ES256", "x5u": "https://evil.example"}, MALFORMED),
     ],
-    ids=str,
+    ids=named,
 )
 def test_verify_compact_header(header: Any, reason: Reason | None) -> None:
     verifier, token = Verifier(KEY.jwk), KEY.sign(b"payload", header)
