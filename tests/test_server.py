@@ -60,6 +60,8 @@ class Process:
     """`authsvc serve` without any configuration, in a directory of its own."""
 
     root: Path
+    program: tuple[str, ...] = ("-m", "authsvc")
+    arguments: tuple[str, ...] = ()
     channels: dict[str, grpc.aio.Channel] = field(default_factory=dict)
     where: dict[str, Any] = field(default_factory=dict)
 
@@ -77,8 +79,8 @@ class Process:
         self.log = (self.root / "log").open("ab")
         self.process = subprocess.Popen(  # noqa: ASYNC220 - it only starts
             [
-                *(sys.executable, "-m", "authsvc", "serve", "--state-dir", str(self.state)),
-                *(*ports, "--ready-file", str(ready)),
+                *(sys.executable, *self.program, "serve", "--state-dir", str(self.state)),
+                *(*ports, "--ready-file", str(ready), *self.arguments),
             ],
             stdin=subprocess.DEVNULL,
             stdout=self.log,
@@ -304,7 +306,7 @@ async def test_stop_says_not_serving_first_and_calls_under_way_end(tmp_path: Pat
     assert not stopping.done()
     assert not call.done()
     refused = server.auth(ADMIN).GetKeys(auth_pb2.GetKeysRequest(), timeout=5)
-    assert await outcome(refused) == "UNAVAILABLE"
+    assert await outcome(refused) == "DRAINING"
     held[0].gate.set()
     assert (await call).clients[0].client_id == watching.client_id
     await stopping

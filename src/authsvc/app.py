@@ -15,27 +15,33 @@ from pydantic import SecretStr
 from sqlalchemy.engine import make_url
 
 from authsvc import pki
-from authsvc.acting import by_itself
+from authsvc.acting import Act, begin, by_itself
 from authsvc.api_keys import ApiKeys
 from authsvc.audit import Audit
 from authsvc.authenticate import Authenticate
+from authsvc.cache.local import LocalRateLimits
+from authsvc.cache.port import RateLimits
+from authsvc.cache.redis import RedisLink
+from authsvc.cache.redis_limits import RedisRateLimits
+from authsvc.cache.redis_rows import SharedRows
 from authsvc.clients import Clients, InitialAccessTokens, OwnClient
 from authsvc.clock import Clock, SystemClock
 from authsvc.config import Settings, parse_keys
-from authsvc.errors import AuthError
+from authsvc.errors import AuthError, Reason
 from authsvc.explain import ExplainToken
 from authsvc.feed.append import Append
 from authsvc.feed.compact import Compact, sweep
 from authsvc.feed.follow import Follow
+from authsvc.feed.publish import Publish
 from authsvc.feed.watch import WatchChanges
 from authsvc.housekeeping import Housekeeping
-from authsvc.http.probes import HttpServer, probes
+from authsvc.http.probes import HttpServer, listen_tcp, listen_unix, probes
 from authsvc.identify import Identify
 from authsvc.issue import IssueToken
 from authsvc.keys.passwords import Passwords
 from authsvc.keys.refresh import RefreshKeys
 from authsvc.keys.ring import KeyRing
-from authsvc.keys.secrets import Sealer, jitter, new_seal_key
+from authsvc.keys.secrets import Mac, Sealer, jitter, new_seal_key
 from authsvc.mint import GrantLife, Mint, OpenGrant
 from authsvc.model import NOBODY, AuthMethod, Client, GrantType
 from authsvc.oauth.registration import RegistrationPolicy, as_of
@@ -57,6 +63,7 @@ from authsvc.rpc.paging import Pages
 from authsvc.rpc.peer import Peers
 from authsvc.rpc.pipeline import Pipeline
 from authsvc.rpc.policy import Policy
+from authsvc.rpc.rates import Rates, rates_of
 from authsvc.rpc.registered import ClientEncoder
 from authsvc.rpc.resources import ResourceServicer
 from authsvc.rpc.revocations import RevocationServicer
@@ -69,9 +76,9 @@ from authsvc.sessions import Sessions
 from authsvc.store import sql_store
 from authsvc.store.cached import CachedCatalog, CachedClients
 from authsvc.store.migrate import Schema, standing, upgrade
-from authsvc.store.port import SWEPT, Store
+from authsvc.store.port import SWEPT, Impact, Store, change, unshared
 from authsvc.store.sql import Database
-from authsvc.tasks import Tasks
+from authsvc.tasks import Elected, Tasks
 from authsvc.telemetry import Metrics
 from authsvc.users import UserPasswords, Users
 from authsvc.validate import ValidateToken
@@ -83,6 +90,10 @@ RENEW_BEFORE_S = 30 * 24 * 3600
 """An own certificate that ends sooner is replaced, at start and while it runs."""
 RENEW_EVERY_S = 24 * 3600.0
 ROTATE_EVERY_S = 20.0
+LEASE = 3
+"""A task is another worker's after so many of its periods without a sign of who did it."""
+START_TRIES = 50
+START_EVERY_S = 0.1
 DAY_S = 24 * 3600.0
 
 log = structlog.get_logger()
@@ -136,6 +147,13 @@ def _keys(setting: SecretStr | None, file: Path) -> tuple[bytes, ...]:
     if setting is not None:
         return parse_keys(setting.get_secret_value())
     return parse_keys(kept(file, new_seal_key().hex()))
+
+
+def _redis(settings: Settings, metrics: Metrics) -> RedisLink | None:
+    try:
+        return RedisLink(settings.redis, metrics) if settings.redis.url is not None else None
+    except ValueError as error:
+        raise StartError(str(error)) from error
 
 
 def _registration_policy(settings: Settings) -> RegistrationPolicy:
@@ -202,20 +220,37 @@ def _certificates(
     return files, admins | {admin}, directory
 
 
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Of one worker among several, which share their ports."""
+
+    index: int
+    probes: Path
+    """Unix socket for its metrics and probes: the metrics port is the supervisor's."""
+
+
 class App:
     """One server process, put together."""
 
     def __init__(
-        self, settings: Settings, prepared: Prepared, store: Store, clock: Clock | None = None
+        self,
+        settings: Settings,
+        prepared: Prepared,
+        store: Store,
+        clock: Clock | None = None,
+        seat: Seat | None = None,
     ) -> None:
+        self._seat = seat
         self._settings = settings
         self._prepared = prepared
         self._store = store
         self._clock = clock = clock or SystemClock()
         self._tasks = Tasks()
+        self._elected = Elected(store.leases)
         self.metrics = Metrics()
         self.state = state = State(settings.staleness_max_s)
         tls, sealer, issuer = prepared.tls, prepared.sealer, settings.issuer
+        self._redis = _redis(settings, self.metrics)
         self._ring = ring = KeyRing(
             store.keys,
             sealer,
@@ -225,16 +260,31 @@ class App:
             max_age_s=settings.keys.max_age_s,
             publish_ahead_s=settings.keys.publish_ahead_h * 3600,
         )
-        clients, self._catalog = CachedClients(store.clients), CachedCatalog(store.resources)
-        catalog = self._catalog
-        permissions = Permissions(store.roles, state, self._reach)
+        rows = None
+        if self._redis is not None:
+            mac = Mac(sealer, issuer)
+            rows = SharedRows(self._redis, mac, issuer, state, clock, self.metrics)
+        share = rows or unshared
+        clients = CachedClients(store.clients, share)
+        self._catalog = catalog = CachedCatalog(store.resources)
+        permissions = Permissions(store.roles, state, self._reach, share)
         self.follow = follow = Follow(
             store.feed,
             state,
             clock,
-            listeners=(clients.changed, catalog.changed, permissions.changed, self._reload),
+            listeners=(
+                *((rows.changed,) if rows is not None else ()),
+                *(clients.changed, catalog.changed, permissions.changed),
+            ),
+            loaders=(self._reload,),
             synchronous=settings.database.synchronous,
         )
+        self._publish: Publish | None = None
+        if self._redis is not None:
+            self._publish = Publish(
+                self._redis, Mac(sealer, issuer), issuer, follow, state, clock, self.metrics
+            )
+            store.on_commit(self._publish.offer)
         judge = Judge(issuer, state)
         identify = Identify(
             issuer, judge, store.tokens, store.api_keys, clients.get, catalog, clock
@@ -375,19 +425,31 @@ class App:
                 **{f"sweep-{table}": partial(sweep, store.sweeps, table) for table in SWEPT},
             },
             settings.housekeeping.interval_s,
+            partial(self._elected.does, "housekeeping", LEASE * settings.housekeeping.interval_s),
         )
         listen = settings.listen
         refused = store.audit.refused
-        main = Pipeline(Peers(lambda: tls.trust), policy, refused, self.metrics, clock)
+        limits: RateLimits = LocalRateLimits(clock)
+        if self._redis is not None:
+            limits = RedisRateLimits(self._redis, issuer, limits)
+        rates = Rates(limits, rates_of(settings.limits), self.metrics.limited, clock)
+        main = Pipeline(Peers(lambda: tls.trust), policy, refused, self.metrics, clock, rates)
         listeners = [Listener(address(listen.host, listen.port), tls.credentials(), main)]
         if listen.tls_only:
             anonymous = Pipeline(
-                lambda _context, _now: NOBODY, policy, refused, self.metrics, clock
+                lambda _context, _now: NOBODY, policy, refused, self.metrics, clock, rates
             )
             credentials = tls.credentials(client_certificates=False)
             where = address(listen.tls_host, listen.tls_port)
             listeners.append(Listener(where, credentials, anonymous))
-        self._rpc = RpcServer(listeners, servicers, state, clock, reflect=settings.reflection)
+        self._rpc = RpcServer(
+            listeners,
+            servicers,
+            state,
+            clock,
+            reflect=settings.reflection,
+            shared=seat is not None,
+        )
         self._http: HttpServer | None = None
         self._stopping = False
         self.port = self.tls_port = self.health_port = self.metrics_port = 0
@@ -432,35 +494,40 @@ class App:
             with by_itself("Start"):
                 await self._ring.ensure()
                 await self._resources.ensure_own(now)
-            await self.follow.poll()
+            await self._first_polls()
+            if self._redis is not None:
+                await self._redis.start()
         except ValueError as error:
             await self._store.close()
             raise StartError(f"seal_keys: a signing key {error}") from error
-        listen = self._settings.listen
+        where = self._settings.listen
         try:
             self._http = HttpServer(
                 probes(self.metrics.registry, self.is_ready),
-                listen.metrics_host,
-                listen.metrics_port,
+                listen_unix(self._seat.probes)
+                if self._seat
+                else listen_tcp(where.metrics_host, where.metrics_port),
             )
             ports, self.health_port = await self._rpc.start(
-                address(listen.health_host, listen.health_port)
+                address(where.health_host, where.health_port)
             )
             self.port, self.tls_port = (*ports, 0)[:2]
         except (OSError, RuntimeError) as error:
             await self.stop()
             if isinstance(error, OSError):
-                taken = address(listen.metrics_host, listen.metrics_port)
-                where = f"{taken} ({os.strerror(error.errno or 0)})"
-            else:  # "Failed to bind to address …; advice about gRPC's own log"
-                where = str(error).partition(";")[0].rpartition(" ")[2]
-            raise StartError(f"cannot listen on {where}: is a server running there?") from error
+                taken = address(where.metrics_host, where.metrics_port)
+                raise cannot_listen(taken, error) from error
+            # "Failed to bind to address …; advice about gRPC's own log"
+            raise cannot_listen(str(error).partition(";")[0].rpartition(" ")[2]) from error
         self.metrics_port = self._http.port
         self._http.start()
         self._gauges()
         if self._settings.grants.password:
             log.warning("grants.password_is_on", advice="RFC 9700 section 2.4: only for a while")
         self._tasks.start("feed-follow", self.follow.run)
+        if self._publish is not None:
+            self._tasks.start("feed-publish", self._publish.send)
+            self._tasks.start("feed-hear", self._publish.hear)
         self._tasks.start("health", self._rpc.watch_health)
         self._tasks.start("key-rotation", self._rotate_keys)
         self._tasks.start("housekeeping", self.housekeeping.run)
@@ -470,10 +537,21 @@ class App:
             "tls-reload", lambda: self._prepared.tls.watch(self._settings.tls.reload_s)
         )
 
+    async def _first_polls(self) -> None:
+        """Until the state is confirmed. Of workers that start at once one makes the beat."""
+        for _ in range(START_TRIES):
+            await self.follow.poll()
+            if self.state.confirmed is not None:
+                return
+            await asyncio.sleep(START_EVERY_S)
+        raise AuthError(Reason.STORE_UNAVAILABLE, cause="the database takes no writes")
+
     async def _rotate_keys(self) -> None:
-        """Every worker does it: whoever comes first, by the database's clock."""
+        """One worker does it; of two whoever comes first, by the database's clock."""
         while True:
             await asyncio.sleep(ROTATE_EVERY_S + jitter(ROTATE_EVERY_S))
+            if not await self._elected.does("key-rotation", LEASE * ROTATE_EVERY_S):
+                continue
             try:
                 await self._ring.rotate(self.state.now(self._clock.boot()))
             except AuthError as error:
@@ -501,18 +579,50 @@ class App:
         self._stopping = True
         await self._rpc.stop(self._settings.drain_s)
         await self._tasks.stop()
+        await self._elected.resign()
+        if self._redis is not None:
+            await self._redis.close()
         if self._http is not None:
             await self._http.stop()
         await self._passwords.close()
         await self._store.close()
 
 
-async def open_app(settings: Settings, clock: Clock | None = None) -> App:
+def cannot_listen(where: str, error: OSError | None = None) -> StartError:
+    """What to say of an address that is taken, or is none."""
+    why = f" ({os.strerror(error.errno or 0)})" if error else ""
+    return StartError(f"cannot listen on {where}{why}: is a server running there?")
+
+
+async def open_app(settings: Settings, clock: Clock | None = None, seat: Seat | None = None) -> App:
     """A server that can be started. Raises StartError, or AuthError where the store is away."""
     clock = clock or SystemClock()
     prepared = prepare(settings, clock)
+    database = await _current(prepared, clock)
+    try:
+        audit_s = settings.housekeeping.audit_days * DAY_S
+        store = sql_store(database, audit_s=audit_s)
+        return App(settings, prepared, store, clock, seat)
+    except BaseException:
+        await database.close()
+        raise
+
+
+async def prepare_workers(settings: Settings) -> None:
+    """Makes and looks at, once, what all workers open. Raises as `open_app`."""
+    clock = SystemClock()
+    await (await _current(prepare(settings, clock), clock)).close()
+
+
+async def _current(prepared: Prepared, clock: Clock) -> Database:
+    """The database with its schema up to date, which the embedded one is brought to."""
     database = open_database(prepared.database_url, clock, prepared.database_id)
     try:
+        if not database.hold():
+            raise StartError(
+                f"{database.url.database} is open in a server with another state directory: give"
+                " both the same one, or each its own database"
+            )
         found = await standing(database)
         if found is Schema.EMPTY and prepared.embedded:
             await upgrade(database)
@@ -522,8 +632,7 @@ async def open_app(settings: Settings, clock: Clock | None = None) -> App:
                 f"the schema of the database is {found.value}:"
                 " `authsvc migrate` brings it up to date where it can"
             )
-        audit_s = settings.housekeeping.audit_days * DAY_S
-        return App(settings, prepared, sql_store(database, audit_s=audit_s), clock)
+        return database
     except BaseException:
         await database.close()
         raise
@@ -553,6 +662,44 @@ async def migrate(settings: Settings, *, check: bool) -> tuple[str, Schema]:
         if check and database.is_missing():
             return shown, Schema.EMPTY  # to look into it would make it
         return shown, await (standing(database) if check else upgrade(database))
+    finally:
+        await database.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """What a fence kills or killed, beside all access tokens."""
+
+    database: str
+    """Without its password."""
+    impact: Impact
+    head: int
+    """Revision of the last change before it."""
+    revision: int
+    """Of its cutoff; 0 where nothing was written."""
+
+
+async def fence(settings: Settings, *, comment: str, dry: bool) -> Fence:
+    """Cuts off everything in a new epoch, above all that a restored database may have forgotten.
+
+    Raises StartError, or AuthError where the database is away.
+    """
+    lineage = "" if dry else database_id(settings)
+    database = open_database(database_url(settings), SystemClock(), lineage)
+    try:
+        shown = database.url.render_as_string(hide_password=True)
+        found = Schema.EMPTY if database.is_missing() else await standing(database)
+        if found is not Schema.CURRENT:
+            raise StartError(
+                f"{shown}: the schema is {found.value}: `authsvc migrate` brings it up to date"
+                " where it can"
+            )
+        store, everything = sql_store(database), change(MarkerKind.CUTOFF_EVERYTHING)
+        impact = await store.revocations.impact(everything)
+        head = (await store.feed.read(0)).head
+        begin(lambda: Act("Fence", comment=comment))
+        revision = 0 if dry else await store.feed.fence()
+        return Fence(shown, impact, head, revision)
     finally:
         await database.close()
 

@@ -54,6 +54,47 @@ class Database(_Section):
     )
 
 
+class Redis(_Section):
+    """What makes workers hear of each other sooner; everything works without it."""
+
+    url: SecretStr | None = Field(
+        None,
+        description="`redis://`, `rediss://` (TLS) `[user:password@]host:port/db`,"
+        " `unix:///path?db=0`, `redis+sentinel://host:port,host:port/service`,"
+        " `redis+cluster://host:port,host:port`, these two with `rediss` also; unset: no Redis",
+    )
+    password: SecretStr | None = Field(None, description="password, where the URL has none")
+    password_file: Path | None = Field(
+        None, description="file with it, read again for each new connection"
+    )
+    sentinel_password: SecretStr | None = Field(None, description="password of the Sentinels")
+    ca: Path | None = Field(
+        None, description="PEM CAs of its certificate; unset: those of the system"
+    )
+    certificate: Path | None = Field(None, description="PEM chain to show to it")
+    key: Path | None = Field(None, description="PEM private key of that")
+    budget_ms: float = Field(
+        50.0, gt=0, le=5000, description="longest time that a call waits for it, milliseconds"
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _scheme(cls, value: SecretStr | None) -> SecretStr | None:
+        schemes = ("redis", "redis+sentinel", "redis+cluster")
+        known = {"unix", *schemes, *(name.replace("redis", "rediss") for name in schemes)}
+        if value is not None and value.get_secret_value().partition("://")[0] not in known:
+            raise ValueError(f"its scheme is none of {', '.join(sorted(known))}")
+        return value
+
+    @model_validator(mode="after")
+    def _pairs(self) -> "Redis":
+        if (self.certificate is None) is not (self.key is None):
+            raise ValueError("certificate and key belong together")
+        if self.password is not None and self.password_file is not None:
+            raise ValueError("password and password_file exclude each other")
+        return self
+
+
 class Tls(_Section):
     """Certificates of the listeners; of the first three all or none."""
 
@@ -171,6 +212,27 @@ class Registration(_Section):
         return value
 
 
+class Limits(_Section):
+    """Calls that one caller may make in a minute, whatever worker takes them; 0: no limit."""
+
+    tokens: int = Field(
+        0, ge=0, le=10**6, description="IssueToken and RefreshToken calls a minute; 0: no limit"
+    )
+    revocations: int = Field(
+        6000, ge=0, le=10**6, description="RevokeToken and RevocationService calls a minute"
+    )
+    registrations: int = Field(600, ge=0, le=10**6, description="RegisterClient calls a minute")
+    administration: int = Field(
+        12_000, ge=0, le=10**6, description="calls a minute of what else administrators do"
+    )
+    refused: int = Field(
+        600, ge=0, le=10**6, description="calls a minute that fail for want of the right caller"
+    )
+    burst_s: float = Field(
+        60.0, gt=0, le=3600, description="how much of each may come at once, seconds"
+    )
+
+
 class Housekeeping(_Section):
     """What a worker does beside its calls."""
 
@@ -244,16 +306,24 @@ class Settings(BaseSettings):
     drain_s: float = Field(
         10.0, ge=0, description="time that calls under way have to end at SIGTERM, seconds"
     )
+    instance: str = Field(
+        "", max_length=128, description="name in each log line; empty: host name and process id"
+    )
+    workers: int = Field(
+        1, ge=0, le=256, description="processes that serve, each on one core; 0: one per processor"
+    )
     reflection: bool = Field(False, description="answer gRPC server reflection")
     log_level: str = Field(
         "info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error"
     )
     database: Database = Database()
+    redis: Redis = Redis()
     tls: Tls = Tls()
     grants: Grants = Grants()
     passwords: Passwords = Passwords()
     registration: Registration = Registration()
     keys: Keys = Keys()
+    limits: Limits = Limits()
     housekeeping: Housekeeping = Housekeeping()
     listen: Listen = Listen()
 
@@ -332,7 +402,13 @@ def parse_keys(text: str) -> tuple[bytes, ...]:
 
 
 CONFIG_VARIABLE = "AUTHSVC_CONFIG"
-SECRET_VARIABLES = ("AUTHSVC_SEAL_KEYS", "AUTHSVC_REFRESH_KEYS", "AUTHSVC_DATABASE__URL")
+SECRET_VARIABLES = (
+    "AUTHSVC_SEAL_KEYS",
+    "AUTHSVC_REFRESH_KEYS",
+    "AUTHSVC_DATABASE__URL",
+    "AUTHSVC_REDIS__URL",
+    "AUTHSVC_REDIS__SENTINEL_PASSWORD",
+)
 
 
 def _with_files(variables: Mapping[str, str | None]) -> Mapping[str, str | None]:

@@ -1,4 +1,4 @@
-"""Chores that every worker does about once a minute; done by two at once they do no harm."""
+"""Chores that one worker of a database does about once a minute; two at once do no harm."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
@@ -17,18 +17,30 @@ log = structlog.get_logger()
 Chore = Callable[[], Awaitable[object]]
 
 
+async def _always() -> bool:
+    return True
+
+
 class Housekeeping:
     """Does chores, one after the other; one that fails does not stop the others."""
 
-    def __init__(self, chores: Mapping[str, Chore], interval_s: float) -> None:
+    def __init__(
+        self,
+        chores: Mapping[str, Chore],
+        interval_s: float,
+        is_elected: Callable[[], Awaitable[bool]] = _always,
+    ) -> None:
+        """`is_elected` is asked before each run."""
         self._chores = chores
         self._interval_s = interval_s
+        self._is_elected = is_elected
 
     async def run(self) -> None:
         """Until cancelled."""
         await asyncio.sleep(jitter(FIRST_S))
         while True:
-            await self.run_once()
+            if await self._is_elected():
+                await self.run_once()
             await asyncio.sleep(self._interval_s * (0.75 + jitter(0.5)))
 
     async def run_once(self) -> None:

@@ -6,7 +6,7 @@ from functools import lru_cache, partial
 
 from authsvc.errors import AuthError, Reason
 from authsvc.model import PermissionRef
-from authsvc.store.port import ANY_KEY, Holding, RoleStore
+from authsvc.store.port import ANY_KEY, Holding, RoleStore, RowKind, Share, unshared
 from authsvc_client.core.cache import BytesCache
 from authsvc_client.core.markers import Marker, MarkerKind, marker_key
 from authsvc_client.core.state import State
@@ -79,6 +79,7 @@ class Permissions:
         store: RoleStore,
         state: State,
         reach: Callable[[int], Awaitable[None]],
+        share: Share = unshared,
         *,
         bytes_max: int = BYTES_MAX,
     ) -> None:
@@ -86,6 +87,7 @@ class Permissions:
         is kept of roles.
         """
         self._store = store
+        self._share = share
         self._state = state
         self._holders: BytesCache[bytes, _Holder] = BytesCache(bytes_max)
         self._roles: BytesCache[bytes, Mapping[str, _Role]] = BytesCache(bytes_max)
@@ -163,12 +165,14 @@ class Permissions:
         return self.at_hand(subject, audience)
 
     async def _read_holder(self, key: bytes, subject: str) -> "_Found":
-        head, holdings = await self._store.assignments_of(subject)
+        read = partial(self._store.assignments_of, subject)
+        head, holdings = await self._share(RowKind.HOLDER, key, subject, read)
         holder = _Holder(holdings)
         return head, lambda: self._holders.put(key, holder, holder.bytes)
 
     async def _read_role(self, key: bytes, uid: str) -> "_Found":
-        head, found = await self._store.role_by_uid(uid)
+        read = partial(self._store.role_by_uid, uid)
+        head, found = await self._share(RowKind.ROLE, key, uid, read)
         role = _by_resource(found.permissions if found is not None else ())
 
         def keep() -> None:

@@ -1,11 +1,15 @@
 """Background work of a process: what fails is logged and begun again, never lost."""
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 
 import structlog
 
+from authsvc.errors import AuthError
 from authsvc.keys.secrets import jitter
+from authsvc.store.port import LeaseStore
+from authsvc.telemetry import log_about
 
 RESTART_S = 1.0
 
@@ -30,10 +34,37 @@ class Tasks:
 
 
 async def _again(name: str, loop: Callable[[], Awaitable[None]]) -> None:
+    log_about(lambda: {"task": name})
     while True:
         try:
             await loop()
-            log.error("task.ended", task=name)
+            log.error("task.ended")
         except Exception as error:
-            log.error("task.failed", task=name, exc_info=error)
+            log.error("task.failed", exc_info=error)
         await asyncio.sleep(RESTART_S + jitter(RESTART_S))
+
+
+class Elected:
+    """Chooses one of the processes on a database for each of its tasks.
+
+    Two may take themselves for it for a moment: what they do must bear that.
+    """
+
+    def __init__(self, leases: LeaseStore) -> None:
+        self._leases = leases
+        self._holder = os.urandom(16).hex()
+
+    async def does(self, task: str, seconds: float) -> bool:
+        """Whether a task is this process's, from now on for so long; who cannot tell has none."""
+        try:
+            return await self._leases.take(task, self._holder, seconds)
+        except AuthError as error:
+            log.warning("lease.failed", task=task, reason=error.reason.name, cause=error.cause)
+            return False
+
+    async def resign(self) -> None:
+        """Leaves all tasks to others; where that fails, they wait for the end of the leases."""
+        try:
+            await self._leases.give_back(self._holder)
+        except AuthError as error:
+            log.warning("lease.kept", reason=error.reason.name, cause=error.cause)

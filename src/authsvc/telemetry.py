@@ -1,10 +1,14 @@
 """Logs and metrics."""
 
 import logging
+import os
+import socket
 import sys
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from contextvars import ContextVar
 from itertools import accumulate
+from typing import Any
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -33,7 +37,10 @@ class Metrics:
         self.verdicts = Counters(
             "authsvc_verdicts", "Tokens judged, by reason (UNSPECIFIED: active)", ("reason",)
         )
-        for family in (self.calls, self.seconds, self.verdicts):
+        self.limited = Counters(
+            "authsvc_rate_limited", "Calls refused because there were too many", ("limit",)
+        )
+        for family in (self.calls, self.seconds, self.verdicts, self.limited):
             self.registry.register(family)
 
     def gauges(self, *gauges: tuple[str, str, Callable[[], float]]) -> None:
@@ -118,8 +125,22 @@ class _Gauges(Collector):
             yield GaugeMetricFamily(name, documentation, value=read())
 
 
-def configure_logs(level: str, *, json: bool | None = None) -> None:
-    """Logs to standard error: JSON for machines, by default where it is no terminal."""
+_subject: ContextVar[Callable[[], Mapping[str, str]]] = ContextVar("log", default=dict)
+
+
+def log_about(told: Callable[[], Mapping[str, str]]) -> None:
+    """Adds fields to the lines of this task from here on, and of what it starts.
+
+    They are asked only where a line is written: who logs nothing pays for nothing.
+    """
+    _subject.set(told)
+
+
+def configure_logs(level: str, *, json: bool | None = None, instance: str = "") -> None:
+    """Logs to standard error: JSON for machines, by default where it is no terminal.
+
+    Each line names the instance, by default by its host and process.
+    """
     as_json = not sys.stderr.isatty() if json is None else json
     renderer: structlog.typing.Processor = (
         structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer()
@@ -127,6 +148,7 @@ def configure_logs(level: str, *, json: bool | None = None) -> None:
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
+            Subject(instance or f"{socket.gethostname()}:{os.getpid()}"),
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
@@ -137,3 +159,19 @@ def configure_logs(level: str, *, json: bool | None = None) -> None:
         ),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+
+
+class Subject:
+    """Adds the instance, and what the line is about; what the line itself says goes before."""
+
+    def __init__(self, instance: str) -> None:
+        self._instance = instance
+
+    def __call__(
+        self, _logger: object, _name: str, line: MutableMapping[str, Any]
+    ) -> MutableMapping[str, Any]:
+        line.setdefault("instance", self._instance)
+        for key, value in _subject.get()().items():
+            if value:
+                line.setdefault(key, value)
+        return line

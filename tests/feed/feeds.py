@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from authsvc.clock import Clock
+from authsvc.errors import AuthError, Reason
 from authsvc.store.port import Change, Done, FeedPage, change, distinct, nonce
 from authsvc_client.core.markers import MARKER_LIFETIME_S, Marker, MarkerKind
 from authsvc_client.core.state import REVISIONS_PER_EPOCH
@@ -20,6 +21,11 @@ class BentFeed:
     compacted_to: int = REVISIONS_PER_EPOCH
     nonces: dict[int, str] = field(default_factory=lambda: {REVISIONS_PER_EPOCH: nonce()})
     markers: list[Marker] = field(default_factory=list)
+    beaten: float | None = None
+    """None: as of SQLite, which has no beat."""
+    standby: bool = False
+    writable: bool = True
+    beats: int = 0
 
     async def append(self, changes: Sequence[Change], done: Done = ()) -> int:
         unique = distinct(changes)
@@ -41,7 +47,20 @@ class BentFeed:
             time=now,
             markers=tuple(found),
             cursor_nonce=self.nonces.get(cursor),
+            beat=self.beaten,
+            standby=self.standby,
         )
+
+    async def beat(self, every_s: float) -> None:
+        if not self.writable:
+            raise AuthError(Reason.STORE_UNAVAILABLE, cause="read-only")
+        if self.beaten is not None and abs(self.clock.wall() - self.beaten) >= every_s:
+            self.beaten = self.clock.wall()
+            self.beats += 1
+
+    async def fence(self) -> int:
+        await self.raise_epoch(await self.read(0), self.head, cut_off=True)
+        return self.head
 
     async def begin(self, page: FeedPage) -> None:
         self.known_fingerprint = self.known_fingerprint or page.fingerprint

@@ -46,6 +46,12 @@ class CountedFeed:
     async def raise_epoch(self, page: FeedPage, above: int, *, cut_off: bool) -> None:
         await self.feed.raise_epoch(page, above, cut_off=cut_off)
 
+    async def beat(self, every_s: float) -> None:
+        await self.feed.beat(every_s)
+
+    async def fence(self) -> int:
+        return await self.feed.fence()
+
     def written(self) -> Counter[bytes]:
         return Counter(marker.key for marker in self.feed.markers)
 

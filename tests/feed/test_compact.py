@@ -17,8 +17,7 @@ from authsvc.store.port import SWEPT, Change, Store, change
 from authsvc_client.core.markers import MARKER_LIFETIME_S, MarkerKind, marker_key
 from authsvc_client.core.state import REVISIONS_PER_EPOCH, State
 from tests.clocks import HandClock
-from tests.harness import migrate
-from tests.servers import Postgres
+from tests.harness import migrated
 from tests.store.conftest import Place
 
 FIRST = REVISIONS_PER_EPOCH
@@ -66,12 +65,9 @@ AGING = {
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def _days(request: pytest.FixtureRequest, tmp_path: Path) -> Days:
-    url = f"sqlite+aiosqlite:///{tmp_path / 'authsvc.db'}"
     if request.param == "postgres":
-        postgres: Postgres = request.getfixturevalue("postgres")
-        url = asyncio.run(postgres.database())
-    asyncio.run(migrate(url))
-    return Days(request.param, url)
+        return Days(request.param, request.getfixturevalue("migrated_url"))
+    return Days(request.param, asyncio.run(migrated(tmp_path)))
 
 
 @pytest.fixture

@@ -54,6 +54,12 @@ class FaultyFeed:
     async def begin(self, page: FeedPage) -> None:
         await self.bent.begin(page)
 
+    async def beat(self, every_s: float) -> None:
+        await self.bent.beat(every_s)
+
+    async def fence(self) -> int:
+        return await self.bent.fence()
+
     async def raise_epoch(self, page: FeedPage, above: int, *, cut_off: bool) -> None:
         self.epochs += 1
         await self.bent.raise_epoch(page, above, cut_off=cut_off)

@@ -19,6 +19,7 @@ from authsvc.keys.jwt import Signer, generate
 from authsvc.keys.secrets import Sealer
 from authsvc.model import KeyState
 from authsvc_client.core.jws import TOKEN_CHARS_MAX, Verifier, verify_compact
+from tests.harness import named
 
 RSA = RSAKey.generate_key(2048)
 EC, X25519 = ECKey.generate_key("P-256"), OKPKey.generate_key("X25519")
@@ -194,6 +195,7 @@ def octets(value: bytes) -> str:
         "\ud800",
         "[" * 100_000,
     ],
+    ids=lambda jwk: named(jwk)[:200],
 )
 def test_a_key_that_is_none_for_this_is_refused(jwk: str) -> None:
     with pytest.raises(ValueError, match=r"\w"):

@@ -1,14 +1,12 @@
 """One server for all tests of a module, on SQLite."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
-from tests.harness import Running, migrate, running
-from tests.servers import Postgres
+from tests.harness import Running, running
 
 API = "https://api.test"
 SHARED = {"server", "callers"}
@@ -25,14 +23,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
     async with running(tmp_path_factory.mktemp("server")) as made:
         yield made
-
-
-@pytest.fixture
-def migrated_url(postgres: Postgres) -> str:
-    """An empty PostgreSQL database whose schema is current."""
-    url = asyncio.run(postgres.database())
-    asyncio.run(migrate(url))
-    return url
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

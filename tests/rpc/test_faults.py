@@ -36,7 +36,7 @@ from authsvc.rpc.users import UserServicer
 from authsvc.store import sql_store
 from authsvc.store.cached import CachedCatalog, CachedClients
 from authsvc.store.sql import Database
-from authsvc.telemetry import Metrics
+from authsvc.telemetry import Metrics, Subject
 from authsvc_client.core.judge import Judge
 from authsvc_client.core.state import State
 from authsvc_client.v1 import auth_pb2
@@ -277,7 +277,7 @@ async def test_text_of_an_exception_goes_nowhere_but_the_log(tmp_path: Path) -> 
     for error in errors:
         async with broken(tmp_path, error) as server, connect(server.port, ADMIN) as channel:
             for method in FAILING:
-                with capture_logs() as logs:
+                with capture_logs([Subject("here")]) as logs:
                     found = await _fail(channel, method)
                 assert (found.code, found.reason) == ("INTERNAL", "INTERNAL"), method.name
                 assert found.text == "internal error"
@@ -286,7 +286,7 @@ async def test_text_of_an_exception_goes_nowhere_but_the_log(tmp_path: Path) -> 
                 assert found.trailers["x-request-id"] == "req-1"
                 (logged,) = [entry for entry in logs if entry["event"] == "rpc.incident"]
                 assert logged["incident"] == found.metadata["incident"]
-                assert logged["method"] == method.full_name
+                assert (logged["method"], logged["request_id"]) == (method.full_name, "req-1")
                 assert logged["exc_info"] is error
                 count = server.metrics.registry.get_sample_value(
                     "authsvc_rpc_calls_total", {"method": method.full_name, "code": "INTERNAL"}
@@ -377,7 +377,7 @@ async def test_request_is_never_in_the_log(tmp_path: Path) -> None:
             client_id="x",
             client_credential={"client_secret": "hunter2"},
         )
-        with capture_logs() as logs, pytest.raises(grpc.aio.AioRpcError):
+        with capture_logs([Subject("here")]) as logs, pytest.raises(grpc.aio.AioRpcError):
             await stub(request.SerializeToString(), metadata=(("authorization", "Bearer hunter2"),))
         assert logs
         assert "hunter2" not in json.dumps(logs, default=repr)

@@ -15,6 +15,7 @@ from tests.harness import (
     build,
     identity,
     issue_request,
+    named,
     outcome,
     reason,
     spiffe,
@@ -74,7 +75,7 @@ async def test_a_client_that_asks_for_less_or_says_other_things_stays_as_it_is(
         {"jwks": JWKS},
         {"tls_client_certificate_bound_access_tokens": False},
     ],
-    ids=str,
+    ids=named,
 )
 async def test_a_client_that_asks_for_more_waits_again(at: Running, more: dict[str, Any]) -> None:
     own = await own_client(at, "own", "read")

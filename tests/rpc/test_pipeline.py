@@ -57,11 +57,10 @@ async def test_request_id_is_echoed_where_it_is_one(
     good = server.auth(ADMIN).GetKeys(KEYS, metadata=given)
     await good
     trailers = {key: value for key, value in await good.trailing_metadata()}  # noqa: C416
-    assert trailers.get("x-request-id") == echoed
+    assert _is_id(echoed, trailers["x-request-id"])
     bad = server.clients(identity("stranger")).ListClients(
         clients_pb2.ListClientsRequest(), metadata=given
     )
-    # A refusal always has an id, which its log line has too.
     assert _is_id(echoed, (await failure(bad)).trailers["x-request-id"])
     stream = server.auth(identity("stranger")).WatchChanges(
         auth_pb2.WatchChangesRequest(), metadata=given
@@ -78,7 +77,7 @@ async def test_request_id_of_one_call_is_not_the_next_ones(server: Running) -> N
     await first
     second = server.auth(ADMIN).GetKeys(KEYS)
     await second
-    assert not [key for key, _ in await second.trailing_metadata() if key == "x-request-id"]
+    assert _is_id(None, dict(await second.trailing_metadata())["x-request-id"])
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from tests.harness import (
     hand_clock,
     identity,
     issue_request,
+    named,
     outcome,
     reason,
     running,
@@ -247,7 +248,7 @@ async def test_request_id_has_a_form(server: Running, request_id: str) -> None:
         ({"scopes": ["nobodys"]}, "scopes"),
         ({"validates": ["https://nobody.test"]}, "validates"),
     ],
-    ids=str,
+    ids=named,
 )
 async def test_metadata_that_are_not_right_are_named(
     server: Running, metadata: dict[str, Any], field: str

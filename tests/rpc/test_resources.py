@@ -18,6 +18,7 @@ from tests.harness import (
     build,
     failure,
     hand_clock,
+    named,
     outcome,
     reason,
     running,
@@ -135,7 +136,7 @@ async def test_resource_is_required(server: Running) -> None:
         ({"token_format": JWE, "encryption_jwk": PRIVATE_JWK}, False),
         ({"freeze_permissions": True}, True),
     ],
-    ids=str,
+    ids=named,
 )
 async def test_form_of_tokens_and_their_key(
     server: Running, fields: dict[str, Any], good: bool

@@ -255,7 +255,10 @@ def place(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 async def sql(directory: Path, place: dict[str, Any], statement: str) -> list[Any]:
     if not place:
-        with closing(sqlite3.connect(directory / "authsvc.db")) as connection, connection:
+        with (
+            closing(sqlite3.connect(directory / "authsvc.db", timeout=60)) as connection,
+            connection,
+        ):
             return connection.execute(statement).fetchall()
     connection = await asyncpg.connect(place["url"].replace("+asyncpg", ""))
     try:

@@ -290,6 +290,12 @@ class BrokenFeed:
     async def raise_epoch(self, page: FeedPage, above: int, *, cut_off: bool) -> None:
         await self._feed.raise_epoch(page, above, cut_off=cut_off)
 
+    async def beat(self, every_s: float) -> None:
+        await self._feed.beat(every_s)
+
+    async def fence(self) -> int:
+        return await self._feed.fence()
+
     async def close(self) -> None:
         await self.store.close()
 

@@ -321,7 +321,7 @@ async def _shown(port: int, who: Issued | None, trusted: Issued) -> str:
 
 
 async def test_stop_ends_the_calls_of_both_listeners(tmp_path: Path) -> None:
-    async with both(tmp_path) as (server, channel):
+    async with both(tmp_path, drain_s=TIMEOUT_S) as (server, channel):
         watcher = await server.member("watcher", "watch")
         member = await with_secret(server, "watch")
         given = bearer(await token_of(channel, member, "watch"))

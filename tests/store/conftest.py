@@ -12,7 +12,6 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
-from sqlmodel import SQLModel
 
 from authsvc.clock import SystemClock
 from authsvc.store import sql_store
@@ -101,28 +100,6 @@ def migrated_postgres(postgres: Postgres) -> str:
     return url.partition(":///")[2].partition("?")[0]
 
 
-_RESET = f"""
-TRUNCATE {", ".join(f'"{name}"' for name in SQLModel.metadata.tables)};
-INSERT INTO feed_head (id, revision, compacted_to, fingerprint, nonce)
-VALUES (1, 4294967296, 4294967296, '', '');
-"""
-
-
-@pytest.fixture(scope="session")
-def shared_postgres(postgres: Postgres, migrated_postgres: str) -> str:
-    """The URL of a database for tests that leave the schema as it is; a copy each costs more."""
-    return asyncio.run(copy_postgres(postgres, migrated_postgres))
-
-
-async def _emptied(url: str) -> str:
-    connection = await asyncpg.connect(url.replace("+asyncpg", ""))
-    try:
-        await connection.execute(_RESET)
-    finally:
-        await connection.close()
-    return url
-
-
 @pytest.fixture(autouse=True)
 async def _no_thread_left() -> AsyncIterator[None]:
     """Every connection to SQLite is a thread, and ends before the loop of its test."""
@@ -150,7 +127,7 @@ def _seed(backend: str, request: pytest.FixtureRequest, folder: Path) -> Place:
         shutil.copyfile(request.getfixturevalue("migrated_sqlite"), file)
         return Place(backend, f"sqlite+aiosqlite:///{file}")
     if backend == "postgres":
-        return Place(backend, asyncio.run(_emptied(request.getfixturevalue("shared_postgres"))))
+        return Place(backend, request.getfixturevalue("migrated_url"))
     return Place(backend)
 
 

@@ -493,7 +493,7 @@ async def follow(
 
 
 async def test_revisions_have_no_gaps_under_writers_and_readers(place: Place) -> None:
-    workers = [place.open(), place.open()]
+    workers = [place.open(timeout_s=60), place.open(timeout_s=60)]
     start = await workers[0].feed.read(0)
     done = asyncio.Event()
     collected: list[list[Marker]] = [[], []]

@@ -12,7 +12,9 @@ from authsvc.cli import (
     apply,
     audit,
     clients,
+    doctor,
     export,
+    fence,
     keys,
     pki,
     registrations,
@@ -42,11 +44,12 @@ app = typer.Typer(
     help="The token service that backend services use among themselves.",
     epilog=_EPILOG,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 serve.register(app)
+doctor.register(app)
+fence.register(app)
 pki.register(app)
 clients.register(app)
 registrations.register(app)

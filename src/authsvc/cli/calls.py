@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from authsvc.cli.output import Failure, Json, Output, moment, reporting
+from authsvc.cli.output import Exit, Failure, Json, Output, moment, reporting
 
 if TYPE_CHECKING:  # all else is imported where it is used: `--help` does not wait for it
     import grpc
@@ -23,6 +23,9 @@ PAGE_SIZE_MAX = 200
 
 Limit = Annotated[int, typer.Option(min=1, metavar="N", help="Most to list.", show_default="all")]
 ALL = 10**9
+Comment = Annotated[str, typer.Option(metavar="TEXT", help="Why; kept in the audit.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Tell what would die; change nothing.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do it without a question.")]
 Scopes = Annotated[
     list[str] | None,
     typer.Option(
@@ -89,6 +92,15 @@ class Session:
                 return whole
 
 
+def _certificates(context: typer.Context, incomplete: str) -> list[str]:
+    """Names of the pairs in the PKI of the state directory, for the shell."""
+    given = context.params.get("state_dir") or os.environ.get("AUTHSVC_STATE_DIR")
+    base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    found = (Path(given) if given else base / "authsvc").glob("pki/*-key.pem")
+    names = sorted(each.name.removesuffix("-key.pem") for each in found)
+    return [name for name in names if name != "ca" and name.startswith(incomplete)]
+
+
 @contextmanager
 def connected(
     address: Annotated[
@@ -102,6 +114,7 @@ def connected(
             metavar="NAME",
             envvar="AUTHSVC_AS",
             help="Whose certificate to show: NAME.pem of the PKI in the state directory.",
+            autocompletion=_certificates,
         ),
     ] = "admin",
     cert: Annotated[
@@ -166,6 +179,35 @@ def connected(
         channel = sync_channel(address, certificates, server_name=server_name, options=options)
         with channel:
             yield Session(out, channel, address, timeout, SystemClock().wall())
+
+
+def carefully(
+    session: Session,
+    method: Callable[..., Any],
+    request: Any,
+    tell: Callable[[Any, bool], None],
+    question: str,
+    *,
+    dry_run: bool,
+    yes: bool,
+) -> None:
+    """What cannot be undone: told first (`tell` gets the answer and whether it is a rehearsal),
+    then done once a person said yes, or `yes` was said before.
+    """
+    out = session.out
+    if not (dry_run or yes) and (out.json or not sys.stdin.isatty()):
+        raise Failure("nobody is there to be asked", "look with --dry-run, then add --yes")
+    if dry_run or not yes:
+        rehearsal = type(request)()
+        rehearsal.CopyFrom(request)
+        rehearsal.validate_only = True
+        tell(session.call(method, rehearsal), True)
+        if dry_run or not typer.confirm(question, err=True):
+            out.note("Nothing was changed.")
+            if not dry_run:
+                raise typer.Exit(Exit.FAILED)
+            return
+    tell(session.call(method, request), False)
 
 
 def _files(

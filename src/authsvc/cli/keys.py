@@ -6,8 +6,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from authsvc.cli.calls import ALL, Limit, Session, connected, more, time_of
-from authsvc.cli.output import Column, command
+from authsvc.cli.calls import (
+    ALL,
+    Comment,
+    DryRun,
+    Limit,
+    Session,
+    Yes,
+    carefully,
+    connected,
+    more,
+    time_of,
+)
+from authsvc.cli.output import Column, Failure, command
 
 if TYPE_CHECKING:  # what is heavy is imported where it is used: `--help` does not wait for it
     from authsvc_client.v1 import keys_pb2
@@ -31,7 +42,7 @@ Kid = Annotated[str, typer.Argument(metavar="KID", help="Id of the key, the `kid
 def register(app: typer.Typer) -> None:
     """Adds the commands to the root."""
     command(keys, connected, name="list")(list_keys)
-    for step in (prepare, activate, retire, taint):
+    for step in (show, prepare, activate, retire, taint):
         command(keys, connected)(step)
     app.add_typer(keys, name="key")
 
@@ -60,6 +71,21 @@ def list_keys(session: Session, limit: Limit = ALL) -> None:
         ],
     )
     return more(session, found.next_page_token)
+
+
+def show(session: Session, kid: Kid) -> None:
+    """Show a signing key: its state, and since when."""
+    from authsvc_client.v1 import keys_pb2
+    from authsvc_client.v1.keys_pb2_grpc import KeyServiceStub
+
+    method = KeyServiceStub(session.channel).ListSigningKeys
+    found = session.pages(method, keys_pb2.ListSigningKeysRequest(), "signing_keys", ALL)
+    for key in found.signing_keys:
+        if key.kid == kid:
+            if session.out.json:
+                return session.out.document({"signing_key": key})
+            return session.out.pairs(_pairs(session, key))
+    raise Failure("no such signing key", code="NOT_FOUND", reason="SIGNING_KEY_NOT_FOUND")
 
 
 def prepare(
@@ -104,43 +130,53 @@ def retire(session: Session, kid: Kid) -> None:
 def taint(
     session: Session,
     kid: Kid,
-    comment: Annotated[str, typer.Option(metavar="TEXT", help="Why; kept in the audit.")] = "",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Tell what would be; change nothing.")
-    ] = False,
+    comment: Comment = "",
+    dry_run: DryRun = False,
+    yes: Yes = False,
 ) -> None:
-    """Declare a key stolen: all its tokens are dead, for good, and another key signs."""
+    """Declare a key stolen: all its tokens are dead, for good, and another key signs.
+
+    Tells first what would be, and asks; --yes does not.
+    """
     from authsvc_client.v1 import keys_pb2
     from authsvc_client.v1.keys_pb2_grpc import KeyServiceStub
 
-    request = keys_pb2.TaintSigningKeyRequest(kid=kid, comment=comment, validate_only=dry_run)
-    answer = session.call(KeyServiceStub(session.channel).TaintSigningKey, request)
-    signs = answer.current_signing_key.kid or "a key that is made then"
-    _answer(session, answer, ("signs now" if not dry_run else "would sign", signs))
-    if dry_run:
-        session.out.note("Nothing was changed.")
-    elif answer.revision:
-        session.out.note("Every token of it is dead.")
-    else:
-        session.out.note("It was tainted before.")
+    def tell(answer: Any, rehearsal: bool) -> None:
+        signs = answer.current_signing_key.kid or "a key that is made then"
+        _answer(session, answer, ("would sign" if rehearsal else "signs now", signs))
+        if not rehearsal and not answer.revision:
+            session.out.note("It was tainted before.")
+        else:
+            would = "would be" if rehearsal else "is"
+            session.out.note(f"Every token of it {would} dead.")
+
+    carefully(
+        session,
+        KeyServiceStub(session.channel).TaintSigningKey,
+        keys_pb2.TaintSigningKeyRequest(kid=kid, comment=comment),
+        tell,
+        f"Taint the signing key {kid}?",
+        dry_run=dry_run,
+        yes=yes,
+    )
 
 
 def _answer(session: Session, answer: Any, *also: tuple[str, str]) -> None:
     if session.out.json:
         return session.out.document(answer)
-    key: keys_pb2.SigningKey = answer.signing_key
+    pairs = _pairs(session, answer.signing_key)
+    return session.out.pairs((*pairs, *also, ("revision", answer.revision or "")))
+
+
+def _pairs(session: Session, key: "keys_pb2.SigningKey") -> list[tuple[str, object]]:
     times = ("create_time", "ready_time", "activate_time", "retire_time", "taint_time")
     names = ("made", "ready", "signed from", "retired", "tainted")
-    return session.out.pairs(
-        (
-            ("kid", key.kid),
-            ("state", _state(key)),
-            ("alg", key.alg),
-            *((n, time_of(key, time, session.now)) for n, time in zip(names, times, strict=True)),
-            *also,
-            ("revision", answer.revision or ""),
-        )
-    )
+    return [
+        ("kid", key.kid),
+        ("state", _state(key)),
+        ("alg", key.alg),
+        *((n, time_of(key, time, session.now)) for n, time in zip(names, times, strict=True)),
+    ]
 
 
 def _since(key: "keys_pb2.SigningKey", now: float) -> str:

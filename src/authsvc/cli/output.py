@@ -37,6 +37,7 @@ class Exit(IntEnum):
     UNAVAILABLE = 6
     NOT_ACTIVE = 7
     NOT_IMPLEMENTED = 8
+    PROBLEMS = 9
 
 
 EXITS: Mapping[Exit, str] = {
@@ -49,6 +50,7 @@ EXITS: Mapping[Exit, str] = {
     Exit.UNAVAILABLE: "unavailable: try again",
     Exit.NOT_ACTIVE: "token validate, token explain: the token is not active",
     Exit.NOT_IMPLEMENTED: "this server cannot do that yet",
+    Exit.PROBLEMS: "doctor: there are problems",
 }
 EXIT_OF_CODE: Mapping[str, Exit] = {
     "INVALID_ARGUMENT": Exit.USAGE,

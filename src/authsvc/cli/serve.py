@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # all else is imported where it is used: `--help` does not wa
 
     from authsvc.app import App
     from authsvc.config import Settings
+    from authsvc.supervise import Supervisor
 
 MADE = (
     ("pki/ca.pem", "CA of the development PKI; its key lies beside it"),
@@ -84,8 +85,24 @@ def serve(
     ] = None,
     log_level: Annotated[
         str | None,
-        typer.Option(metavar="LEVEL", help="debug, info, warning or error.", show_default="info"),
+        typer.Option(
+            metavar="LEVEL",
+            help="debug, info, warning or error.",
+            show_default="info",
+            autocompletion=lambda: ["debug", "info", "warning", "error"],
+        ),
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=256,
+            metavar="N",
+            help="Processes that serve; 0: one per processor. SIGHUP replaces them one by one.",
+            show_default="1",
+        ),
+    ] = None,
+    worker: Annotated[int | None, typer.Option(hidden=True)] = None,
     reflection: Annotated[
         bool | None,
         typer.Option("--reflection/--no-reflection", help="Answer gRPC server reflection."),
@@ -111,18 +128,22 @@ def serve(
 
     with reporting() as out, suppress(KeyboardInterrupt):
         signal.signal(signal.SIGTERM, _end)  # until the server has handlers of its own
-        flags = {"port": port, "host": host}
-        flags |= {"metrics_port": metrics_port, "health_port": health_port}
-        listen = {name: value for name, value in flags.items() if value is not None}
-        settings = _settings(
-            config,
-            state_dir=state_dir,
-            log_level=log_level,
-            reflection=reflection,
-            listen=listen or None,
-        )
+        if worker is not None:
+            asyncio.run(_work(worker))
+            return
+        ports = {"port": port, "host": host}
+        ports |= {"metrics_port": metrics_port, "health_port": health_port}
+        listen = {name: value for name, value in ports.items() if value is not None}
+        flags: dict[str, Any] = {
+            "state_dir": str(state_dir) if state_dir else None,
+            "log_level": log_level,
+            "reflection": reflection,
+            "listen": listen or None,
+            "workers": workers,
+        }
+        settings = settings_of(config, **flags)
         with _there_while(ready_file):
-            asyncio.run(_serve(out, settings, ready_file))
+            asyncio.run(_serve(out, settings, flags, ready_file))
 
 
 @contextmanager
@@ -141,28 +162,67 @@ def _end(_number: int, _frame: object) -> None:
     raise SystemExit(0)
 
 
-async def _serve(out: Output, settings: "Settings", ready_file: Path | None) -> None:
+async def _serve(
+    out: Output, settings: "Settings", flags: dict[str, Any], ready_file: Path | None
+) -> None:
     from authsvc.app import open_app, serve
+    from authsvc.supervise import CrashLoopError, Supervisor, processors
     from authsvc.telemetry import configure_logs
 
-    configure_logs(settings.log_level)
+    configure_logs(settings.log_level, instance=settings.instance)
     before = _made(settings)
-    app = await open_app(settings)
-    await app.start()
+    made: list[str] | None = None
+    count = settings.workers or processors()
 
-    def ready() -> None:
-        _banner(out, settings, app, [name for name in _made(settings) if name not in before])
+    def ready(server: "App | Supervisor") -> None:
+        nonlocal made
+        where = _where(settings, server)
+        if isinstance(server, Supervisor):
+            where["workers"] = server.pids
+        if made is None:
+            made = [name for name in _made(settings) if name not in before]
+            _banner(out, settings, server, made)
         if ready_file is not None:
-            _write(ready_file, json.dumps(_where(settings, app), indent=2) + "\n")
+            _write(ready_file, json.dumps(where, indent=2) + "\n")
 
-    await serve(app, ready)
+    if count == 1:
+        app = await open_app(settings)
+        await app.start()
+        await serve(app, lambda: ready(app))
+        return
+    supervisor = Supervisor(settings, count, flags)
+    try:
+        await supervisor.run(lambda: ready(supervisor))
+    except CrashLoopError as error:
+        raise Failure(
+            str(error),
+            "its last words are in the log above; what SIGKILL ended may have been too large for"
+            " the memory",
+            code="INTERNAL",
+        ) from error
+
+
+async def _work(index: int) -> None:
+    from structlog.contextvars import bind_contextvars
+
+    from authsvc.app import Seat, open_app, serve
+    from authsvc.supervise import take_orders, tell_ready
+    from authsvc.telemetry import configure_logs
+
+    orders = take_orders()
+    settings = settings_of(None, **orders.flags)
+    configure_logs(settings.log_level, instance=settings.instance)
+    bind_contextvars(worker=index, pid=os.getpid())
+    app = await open_app(settings, seat=Seat(index, Path(orders.probes)))
+    await app.start()
+    await serve(app, tell_ready)
 
 
 def _made(settings: "Settings") -> list[str]:
     return [name for name, _ in MADE if (settings.state_dir / name).exists()]
 
 
-def _where(settings: "Settings", app: "App") -> dict[str, Any]:
+def _where(settings: "Settings", app: "App | Supervisor") -> dict[str, Any]:
     """Where the server is to be reached, and by which files, for programs."""
     from authsvc.app import address
 
@@ -200,7 +260,7 @@ def _write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _banner(out: Output, settings: "Settings", app: "App", made: list[str]) -> None:
+def _banner(out: Output, settings: "Settings", app: "App | Supervisor", made: list[str]) -> None:
     where = _where(settings, app)
     state_dir = settings.state_dir.absolute()
     out.title(f"authsvc serves on {where['address']} (gRPC, mTLS)")
@@ -248,7 +308,7 @@ def _first_token(settings: "Settings", where: dict[str, Any]) -> list[str]:
     ]
 
 
-def _settings(config: Path | None, **flags: Any) -> "Settings":
+def settings_of(config: Path | None, **flags: Any) -> "Settings":
     from pydantic import ValidationError
 
     from authsvc.config import CONFIG_VARIABLE, load
@@ -298,7 +358,7 @@ def migrate(
     """
     import asyncio
 
-    settings = _settings(config, state_dir=state_dir)
+    settings = settings_of(config, state_dir=state_dir)
     from authsvc import app
     from authsvc.store.migrate import Schema
 

@@ -1,7 +1,8 @@
 """Following the feed: the one place where the applied revision advances."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -15,6 +16,18 @@ from authsvc_client.core.markers import CUTOFF_KINDS, DEAD_KINDS, Marker, Marker
 from authsvc_client.core.state import State
 
 POLL_S = 1.0
+BEAT_S = 0.9
+"""A beat that old is due: it comes once a poll, of whichever worker is first."""
+BEAT_WAIT_S = 1.0
+"""So long a poll waits for a database that takes no writes."""
+BEAT_LATE_S = 3.0
+"""A beat that old confirms nothing. A commit that a lost standby holds up is seen when it is given
+up, `COMMAND_TIMEOUT_S` after its time at the least: too late for others to take it for one.
+"""
+STRONG_S = 5.0
+"""Nothing is as of now that was confirmed so long ago."""
+HEAR_S = 0.003
+"""After a message; what others say meanwhile is read with it."""
 WATCHER_CHANGES_MAX = 1024
 
 log = structlog.get_logger()
@@ -31,9 +44,9 @@ class Applied:
     revision: int
     markers: tuple[Marker, ...]
     started: float
-    """Boot-time clock at the start of the read."""
+    """Boot-time clock when the head was last confirmed; minus infinity: never."""
     time: float
-    """The database's clock."""
+    """The database's clock at the read."""
     snapshot: bool = False
     """The markers do not continue those before: another history, or compacted meanwhile."""
 
@@ -63,18 +76,26 @@ class Follow:
         clock: Clock,
         *,
         listeners: tuple[Listener, ...] = (),
+        loaders: tuple[Listener, ...] = (),
         synchronous: bool = False,
     ) -> None:
         """`listeners` drop what changed before the revision advances: what the markers name, and
-        after a snapshot, which cannot name all, everything (`ANY_KEY`). `synchronous` vouches that
-        the database loses no commit at a failover, so that a new epoch need not cut off all.
+        after a snapshot, which cannot name all, everything (`ANY_KEY`). They do so at once, without
+        a wait. `loaders` come after them, and may read. `synchronous` vouches that the database
+        loses no commit at a failover, so that a new epoch need not cut off all.
         """
         self._store = store
         self._state = state
         self._clock = clock
         self._listeners = listeners
+        self._loaders = loaders
         self._synchronous = synchronous
         self._nonce: str | None = None
+        self._beat: float | None = None
+        """That of the last confirmation."""
+        self._heard: set[tuple[int, MarkerKind, bytes]] = set()
+        """Above the applied revision."""
+        self._due: asyncio.TimerHandle | None = None
         self._poke = asyncio.Event()
         self._polled = asyncio.Condition()
         self._lock = asyncio.Lock()
@@ -83,30 +104,77 @@ class Follow:
         self._subscriptions: set[Subscription] = set()
 
     async def poll(self) -> None:
-        """One read, applied. Raises AuthError STORE_UNAVAILABLE; then nothing is confirmed."""
+        """One read, applied, and confirmed if the database takes writes.
+
+        Raises AuthError STORE_UNAVAILABLE; then nothing is confirmed.
+        """
         async with self._lock, self._telling():
-            started = self._clock.boot()
-            cursor = self._state.revision
-            page = await self._store.read(cursor)
-            if self._is_other_history(page):
-                await self._raise_epoch(page)
-                started = self._clock.boot()
-                cursor, page = 0, await self._store.read(0)
-            elif not page.known_fingerprint:
-                await self._store.begin(page)
-            if 0 < cursor < page.compacted_to:
-                cursor, page = 0, await self._store.read(0)
-            dropped = page.markers if cursor else (*page.markers, *_any_change(page))
-            for listener in self._listeners:
-                await listener(dropped)
-            self._nonce = page.nonce
-            self._state.apply(page.markers, page.head)
-            self._state.confirm(started, page.time)
-            applied = Applied(page.head, page.markers, started, page.time, snapshot=not cursor)
-        for subscription in self._subscriptions:
-            subscription.offer(applied)
+            page = await self._step()
+            if _is_due(page) and await self._is_beating():
+                await self._step()
         async with self._polled:
             self._polled.notify_all()
+
+    async def _step(self) -> FeedPage:
+        started = self._clock.boot()
+        cursor = self._state.revision
+        page = await self._store.read(cursor)
+        if page.standby and self._has_lost_commits(page):
+            raise AuthError(Reason.STORE_UNAVAILABLE, cause="a standby, behind or of another past")
+        if self._is_other_history(page):
+            await self._raise_epoch(page)
+            started = self._clock.boot()
+            cursor, page = 0, await self._store.read(0)
+        elif not (page.known_fingerprint or page.standby):
+            await self._store.begin(page)
+        if 0 < cursor < page.compacted_to:
+            cursor, page = 0, await self._store.read(0)
+        dropped = page.markers if cursor else (*page.markers, *_any_change(page))
+        for listener in (*self._listeners, *self._loaders):
+            await listener(dropped)
+        self._nonce = page.nonce
+        self._state.apply(page.markers, page.head)
+        self._heard = {each for each in self._heard if each[0] > page.head}
+        self._confirm(started, page)
+        confirmed = self._state.confirmed
+        applied = Applied(
+            page.head,
+            page.markers,
+            -math.inf if confirmed is None else confirmed,
+            page.time,
+            snapshot=not cursor,
+        )
+        for subscription in self._subscriptions:
+            subscription.offer(applied)
+        if page.standby:
+            raise AuthError(Reason.STORE_UNAVAILABLE, cause="a standby")
+        return page
+
+    def _confirm(self, started: float, page: FeedPage) -> None:
+        """Counts from the beat, and only from one that moved: a database that takes no writes is
+        none that others revoke on, and its clock may be wrong.
+        """
+        since = 0.0
+        if page.beat is not None:
+            since = page.time - page.beat
+            is_young = -BEAT_S < since < BEAT_LATE_S
+            if page.standby or page.beat == self._beat or not is_young:
+                return
+            self._beat = page.beat
+        since = max(0.0, since)
+        if self._state.age(started - since) >= 0:
+            self._state.confirm(started - since, page.time - since)
+
+    async def _is_beating(self) -> bool:
+        """Whether the database took a write just now, of whichever worker."""
+        try:
+            async with asyncio.timeout(BEAT_WAIT_S):
+                await self._store.beat(BEAT_S)
+        except (AuthError, TimeoutError) as error:
+            cause = error.cause if isinstance(error, AuthError) else "takes long"
+            log.warning("feed.beat_failed", cause=cause)
+            return False
+        return True
 
     @asynccontextmanager
     async def _telling(self) -> AsyncIterator[None]:
@@ -121,8 +189,13 @@ class Follow:
                 asked.set_result(is_applied)
 
     def _is_other_history(self, page: FeedPage) -> bool:
-        if page.known_fingerprint not in ("", page.fingerprint):
-            return True
+        if page.standby:
+            return False  # it cannot be written: what it becomes is seen then
+        is_moved = page.known_fingerprint not in ("", page.fingerprint)
+        return is_moved or self._has_lost_commits(page)
+
+    def _has_lost_commits(self, page: FeedPage) -> bool:
+        """A lower head, or another change at the applied revision, proves it."""
         cursor = self._state.revision
         if cursor == 0:
             return False
@@ -134,9 +207,7 @@ class Follow:
 
     async def _raise_epoch(self, page: FeedPage) -> None:
         log.error("feed.other_history", head=page.head, applied=self._state.revision)
-        # A lower head, or another change at the applied revision, is proof that commits were lost,
-        # whoever vouched for none.
-        lost = page.known_fingerprint == page.fingerprint or page.head < self._state.revision
+        lost = self._has_lost_commits(page)  # whoever vouched that none is
         with by_itself("RaiseEpoch"):
             await self._store.raise_epoch(
                 page, self._state.revision, cut_off=lost or not self._synchronous
@@ -160,6 +231,33 @@ class Follow:
         """Polls now rather than within the second."""
         self._poke.set()
 
+    def poke_soon(self) -> None:
+        """As `poke`, once for all who say so within a few milliseconds."""
+        if self._due is None:
+            self._due = asyncio.get_running_loop().call_later(HEAR_S, self._poke_due)
+
+    def _poke_due(self) -> None:
+        self._due = None
+        self.poke()
+
+    async def hear(self, markers: Iterable[Marker]) -> None:
+        """Believes others about changes that are not applied yet, each once.
+
+        What they kill is dead and what they changed is dropped, at once. The revision stays where
+        it is until they were read from the table, which is done soon.
+        """
+        new: list[Marker] = []
+        for marker in markers:
+            said = (marker.revision, marker.kind, marker.key)
+            if marker.revision > self._state.revision and said not in self._heard:
+                self._heard.add(said)
+                new.append(marker)
+        if new:
+            self._state.apply(new, self._state.revision)
+            for listener in self._listeners:
+                await listener(tuple(new))
+            self.poke_soon()
+
     async def next_poll(self) -> None:
         """Waits for the poll that is due, at most two periods."""
         try:
@@ -171,13 +269,16 @@ class Follow:
     async def fresh(self) -> None:
         """Waits for a read that begins after this call, one for all who wait, to be applied.
 
-        Raises AuthError STORE_UNAVAILABLE where that read fails.
+        Raises AuthError STORE_UNAVAILABLE where that read fails, or was not of a database that
+        takes writes.
         """
         if self._asked is None:
             self._asked = asyncio.get_running_loop().create_future()
         self.poke()
         if not await asyncio.shield(self._asked):
             raise AuthError(Reason.STORE_UNAVAILABLE, cause="no fresh read")
+        if self._state.age(self._clock.boot()) > STRONG_S:
+            raise AuthError(Reason.STORE_UNAVAILABLE, cause="the database takes no writes")
 
     async def reach(self, revision: int) -> None:
         """Waits, a few periods at most, until this worker has applied a change of its own.
@@ -200,6 +301,11 @@ class Follow:
             yield subscription
         finally:
             self._subscriptions.discard(subscription)
+
+
+def _is_due(page: FeedPage) -> bool:
+    """A beat of the future was written before the database's clock went back."""
+    return page.beat is not None and not page.standby and abs(page.time - page.beat) >= BEAT_S
 
 
 def _any_change(page: FeedPage) -> list[Marker]:

@@ -1,6 +1,7 @@
 """WatchChanges: what a validator elsewhere needs to know, as a stream."""
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -11,7 +12,7 @@ from authsvc.errors import AuthError, Reason
 from authsvc.feed.follow import Applied, Follow
 from authsvc.store.port import FeedStore
 from authsvc_client.core.markers import Marker, MarkerKind
-from authsvc_client.core.state import State
+from authsvc_client.core.state import State, StateStale
 
 CHUNK_MARKERS_MAX = 4096
 HEARTBEAT_S = 0.5
@@ -109,12 +110,15 @@ class WatchChanges:
         # Of those that were sent too: what was sent with them may be older than they are.
         kinds = {marker.kind for marker in applied.markers}
         keys, staleness = self._all()
+        age = max(0.0, self._clock.boot() - applied.started)
+        if math.isinf(age):
+            raise StateStale(age)
         return Event(
             applied.revision,
             markers,
             keys if MarkerKind.KEYS_CHANGED in kinds else (),
             staleness if MarkerKind.RESOURCE_CHANGED in kinds else {},
-            age_s=max(0.0, self._clock.boot() - applied.started),
+            age_s=age,
             time=applied.time,
         )
 

@@ -109,3 +109,36 @@ class Sealer:
         if base64.urlsafe_b64encode(raw).rstrip(b"=") != sealed.encode():
             raise ValueError("not canonical")
         return self.open(raw, purpose).decode()
+
+
+class Mac:
+    """Marks what passes through a place that anybody may write to: HMAC-SHA256, keys as Sealer's.
+
+    Its keys are derived from those, and from the deployment's issuer: two that share a place, or
+    even the keys, believe nothing of each other.
+    """
+
+    __slots__ = ("_keys",)
+
+    def __init__(self, sealer: Sealer, issuer: str) -> None:
+        purpose = b"authsvc mac 1 " + issuer.encode()
+        self._keys = tuple(hmac.digest(key, purpose, "sha256") for key in sealer.keys)
+
+    def seal(self, label: str, payload: bytes) -> bytes:
+        """The payload behind its mark, good for this label alone."""
+        return _mark(self._keys[0], label, payload) + payload
+
+    def open(self, label: str, sealed: bytes) -> bytes | None:
+        """The payload; None where it was made or changed by somebody else, or for another label."""
+        mark, payload = sealed[:_MARK_BYTES], sealed[_MARK_BYTES:]
+        if any(hmac.compare_digest(mark, _mark(key, label, payload)) for key in self._keys):
+            return payload
+        return None
+
+
+_MARK_BYTES = 32
+
+
+def _mark(key: bytes, label: str, payload: bytes) -> bytes:
+    raw = label.encode()
+    return hmac.digest(key, len(raw).to_bytes(4, "big") + raw + payload, "sha256")

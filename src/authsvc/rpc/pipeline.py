@@ -1,6 +1,7 @@
 """What every call passes through, composed once per method at start.
 
-Order: deadline, peer, who may call, limits, the verb; around it errors, metrics and the log.
+Order: deadline, peer, who may call, how often, limits of fields, the verb; around it errors,
+metrics and the log.
 """
 
 import asyncio
@@ -25,13 +26,14 @@ from authsvc.acting import Act
 from authsvc.clock import Clock
 from authsvc.errors import AuthError, Code, Reason, not_implemented
 from authsvc.keys.secrets import new_id
-from authsvc.model import SCOPE_ADMIN, Caller, Peer
+from authsvc.model import NOBODY, SCOPE_ADMIN, Caller, Peer
 from authsvc.rpc import status
 from authsvc.rpc.limits import Shape
 from authsvc.rpc.peer import AuthContext
 from authsvc.rpc.policy import Policy, Rule, rule_of
+from authsvc.rpc.rates import Limit, Rates
 from authsvc.rpc.timelimit import TimeLimit
-from authsvc.telemetry import Metrics
+from authsvc.telemetry import Metrics, log_about
 from authsvc_client.core.cache import BytesCache
 
 DEADLINE_S_MAX = 30.0
@@ -59,6 +61,26 @@ class Call:
     """Of a public method once it was asked for."""
     _policy: Policy
     _context: Context
+    method: str = ""
+    """Its full name."""
+    known_id: str = ""
+    """The request's id, if there is one yet."""
+
+    @property
+    def request_id(self) -> str:
+        """That of the caller, else one that is made when somebody first asks for it."""
+        if not self.known_id:
+            self.known_id = new_id()
+        return self.known_id
+
+    def line(self) -> dict[str, str]:
+        """What each line of the log says of it."""
+        return {
+            "method": self.method,
+            "request_id": self.request_id,
+            "caller": self.admitted.name if self.admitted is not None else "",
+            "peer": name_of(self.peer),
+        }
 
     @property
     def caller(self) -> Caller:
@@ -71,6 +93,11 @@ class Call:
         """Network address of the peer, without the port; empty for a socket that has none."""
         kind, _, rest = unquote(self._context.peer()).partition(":")
         return rest.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else ""
+
+    @property
+    def source(self) -> str:
+        """Where the call comes from: a certificate, or without one an address."""
+        return self.peer.thumbprint or self.address
 
     def may_go_by(self, name: str) -> bool:
         """Whether nobody else is known by a name in the peer's certificate."""
@@ -97,6 +124,7 @@ Prepare = Callable[[Any], object]
 Decode = Callable[[bytes], Message]
 Read = Callable[[bytes], Any]
 Encode = Callable[[Any], bytes]
+Admit = Callable[[Rule, Context, str], Awaitable[Call]]
 
 
 _ANYBODY = Rule(public=True, scopes=frozenset())
@@ -112,21 +140,45 @@ class Pipeline:
         refused: Callable[[Reason], Awaitable[None]],
         metrics: Metrics,
         clock: Clock,
+        rates: Rates | None = None,
     ) -> None:
-        """`refused` records that a known caller asked for what only administrators may."""
+        """`refused` records that a known caller asked for what only administrators may; `rates`
+        limits how often anybody calls.
+        """
         self._peers = peers
         self._policy = policy
         self._refused = refused
         self._metrics = metrics
         self._clock = clock
+        self._rates = rates
         self._limit = TimeLimit(DEADLINE_S_MAX)
+        self._streams: set[asyncio.Task[Any]] = set()
         self._draining = False
+        self._released = asyncio.Event()
         self._refusals: Counter[str] = Counter()
         self._minute = 0
 
     def drain(self) -> None:
-        """Ends the streams, each with its next message; other calls go on."""
+        """Ends the streams, each with its next message; new calls wait, those under way go on."""
         self._draining = True
+
+    async def idle(self, within_s: float) -> bool:
+        """Waits until none is under way that began before `drain`; whether it came to that."""
+        until = _seconds() + within_s
+        if not await self._limit.idle(within_s):
+            return False
+        if not self._streams:
+            return True
+        _, going_on = await asyncio.wait(self._streams, timeout=max(0.0, until - _seconds()))
+        return not going_on
+
+    def release(self) -> None:
+        """Refuses the calls that waited, and all others."""
+        self._released.set()
+
+    async def _refuse(self) -> None:
+        await self._released.wait()
+        raise AuthError(Reason.DRAINING)
 
     def handler(
         self, method: MethodDescriptor, servicer: object
@@ -149,8 +201,15 @@ class Pipeline:
             return grpc.unary_stream_rpc_method_handler(
                 self._stream(method, rule, read, implementation, encode)
             )
+        admit: Admit = self._admit
+        rates = self._rates
+        if rates is not None and (limit := rates.limit_of(method)) is not None:
+            if rule.public:
+                implementation = _limited(implementation, rates, limit)
+            else:
+                admit = partial(self._admit_within, rates, limit)
         return grpc.unary_unary_rpc_method_handler(
-            self._unary(method, rule, read, implementation, encode, audited=audited)
+            self._unary(method, rule, admit, read, implementation, encode, audited=audited)
         )
 
     async def _admit(self, rule: Rule, context: Context, given: str) -> Call:
@@ -158,6 +217,20 @@ class Pipeline:
         peer = self._peers(context.auth_context(), now)
         caller = None if rule.public else await self._policy(rule, peer, given, now)
         return Call(peer, given, now, caller, self._policy, context)
+
+    async def _admit_within(
+        self, rates: Rates, limit: Limit, rule: Rule, context: Context, given: str
+    ) -> Call:
+        """As `_admit`, of a caller that did not call too often."""
+        call = await self._admit(_ANYBODY, context, given)
+        rates.turn_away(call.source)
+        try:
+            call.admitted = await self._policy(rule, call.peer, given, call.now)
+        except AuthError as error:
+            await rates.failed(call.source, error)
+            raise
+        await rates.count(limit, call.caller.name)
+        return call
 
     async def _tell(
         self,
@@ -194,6 +267,7 @@ class Pipeline:
         self,
         method: MethodDescriptor,
         rule: Rule,
+        admit: Admit,
         read: Read,
         implementation: Unary,
         encode: Encode,
@@ -207,19 +281,26 @@ class Pipeline:
         async def unary(raw: bytes, context: Context) -> bytes:
             started = _seconds()
             request_id = ""
+            call: Call | None = None
             task = limit.begin(started)
             try:
                 authorization, request_id = _metadata(context)
+                if self._draining:
+                    limit.end(task)
+                    await self._refuse()
                 try:
-                    call = await self._admit(rule, context, authorization)
+                    call = await admit(rule, context, authorization)
                 except AuthError as error:
+                    request_id = request_id or new_id()
                     await self._tell(method.name, rule, error, context, authorization, request_id)
                     raise
+                call.method, call.known_id = name, request_id
+                log_about(call.line)
                 request = read(raw)
                 if audited:
                     # Now: what is written after a caller has gone away cannot ask any more.
                     acting.begin(
-                        partial(_act, method.name, call, call.address, request, request_id)
+                        partial(_act, method.name, call, call.address, request, call.request_id)
                     )
                 answer = await implementation(request, call)
                 response = answer if isinstance(answer, bytes) else encode(answer)
@@ -227,17 +308,17 @@ class Pipeline:
                 if not limit.exceeded(task):
                     self._metrics.calls.labels(name, "CANCELLED").inc()
                     raise
-                await self._fail(name, TimeoutError(), context, request_id)
+                await self._fail(name, TimeoutError(), context, call, request_id)
                 raise  # not reached: _fail aborts
             except Exception as error:
                 limit.end(task)
-                await self._fail(name, error, context, request_id)
+                await self._fail(name, error, context, call, request_id)
                 raise  # not reached
             finally:
                 limit.end(task)
                 observe(_seconds() - started)
-            if request_id:
-                context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
+            if call.known_id:
+                context.set_trailing_metadata(((REQUEST_ID_KEY, call.known_id),))
             succeeded()
             return response
 
@@ -256,9 +337,15 @@ class Pipeline:
 
         async def stream(raw: bytes, context: Context) -> AsyncIterator[bytes]:
             request_id = ""
+            call: Call | None = None
+            task = asyncio.current_task()
+            assert task is not None
+            self._streams.add(task)
             try:
                 authorization, request_id = _metadata(context)
                 call = await self._admit(rule, context, authorization)
+                call.method, call.known_id = name, request_id
+                log_about(call.line)
                 async with aclosing(implementation(read(raw), call)) as responses:
                     async for response in responses:
                         # A stream outlives certificates, tokens and approvals.
@@ -267,18 +354,38 @@ class Pipeline:
                             raise AuthError(Reason.DRAINING)
                         yield encode(response)
             except Exception as error:
-                await self._fail(name, error, context, request_id)
+                await self._fail(name, error, context, call, request_id)
+            finally:
+                self._streams.discard(task)
             succeeded()
 
         return stream
 
-    async def _fail(self, name: str, error: Exception, context: Context, request_id: str) -> None:
+    def _line_of(
+        self, name: str, context: Context, call: Call | None, request_id: str
+    ) -> dict[str, str]:
+        """What the log says of a call that failed, whether or not its caller was let in."""
+        if call is None:
+            now = self._clock.wall()
+            try:
+                peer = self._peers(context.auth_context(), now)
+            except AuthError:
+                peer = NOBODY
+            call = Call(peer, "", now, None, self._policy, context)
+        call.method, call.known_id = name, call.known_id or request_id
+        return {**call.line(), "address": call.address}
+
+    async def _fail(
+        self, name: str, error: Exception, context: Context, call: Call | None, request_id: str
+    ) -> None:
         """Ends the call with what may be told; cancellation and aborts never come here."""
         if isinstance(error, grpc.aio.AbortError):
             raise error
         told, incident = status.public(_as_refusal(error))
-        request_id = request_id or new_id()
-        about = {"method": name, "reason": told.reason.name, "request_id": request_id}
+        line = self._line_of(name, context, call, request_id)
+        log_about(lambda: line)
+        request_id = line["request_id"]
+        about = {"reason": told.reason.name}
         code = status.grpc_code(told.rule.code)
         self._metrics.calls.labels(name, code.name).inc()
         if incident:
@@ -291,6 +398,26 @@ class Pipeline:
         await context.abort(code, status.text(told), trailers)
 
 
+def _limited(implementation: Unary, rates: Rates, limit: Limit) -> Unary:
+    """A public method: a client is counted by what it says, since only the verb finds it out.
+
+    So clients that share a certificate or an address do not share a count, and who lies counts for
+    nobody who comes from elsewhere.
+    """
+
+    async def limited(request: Any, call: Call) -> Message | bytes:
+        who = f"{call.source} {getattr(request, 'client_id', '')}"
+        rates.turn_away(who)
+        await rates.count(limit, who)
+        try:
+            return await implementation(request, call)
+        except AuthError as error:
+            await rates.failed(who, error)
+            raise
+
+    return limited
+
+
 def _as_refusal(error: Exception) -> Exception:
     """What the pipeline itself raises, as what it means to the caller."""
     if isinstance(error, DecodeError):
@@ -301,10 +428,14 @@ def _as_refusal(error: Exception) -> Exception:
     return error
 
 
+def name_of(peer: Peer) -> str:
+    """The identity in a certificate."""
+    return peer.spiffe_id or next(iter(sorted(peer.dns_names)), peer.subject_dn)
+
+
 def _act(action: str, call: Call, address: str, request: Any, request_id: str) -> Act:
     """What the audit says of a call, once something is written."""
-    caller = call.admitted
-    peer = call.peer.spiffe_id or next(iter(sorted(call.peer.dns_names)), call.peer.subject_dn)
+    caller, peer = call.admitted, name_of(call.peer)
     # A client that authenticates in a public method has done so before anything is written.
     actor = caller.name if caller is not None else getattr(request, "client_id", "")
     if not actor and call.may_go_by(peer):

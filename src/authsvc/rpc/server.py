@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection
 from authsvc.clock import Clock
 from authsvc.rpc.limits import MESSAGE_BYTES_MAX, METADATA_BYTES_MAX
 from authsvc.rpc.pipeline import Pipeline
+from authsvc.rpc.sockets import hang_up, stop_listening
 from authsvc_client.core.state import State
 from authsvc_client.v1 import (
     audit_pb2,
@@ -51,6 +52,13 @@ SERVING, NOT_SERVING = (
 CONNECTION_AGE_MS = 30 * 60 * 1000
 CONNECTION_AGE_GRACE_MS = 60 * 1000
 HEALTH_INTERVAL_S = 0.5
+SETTLE_S = 0.2
+"""What connections that were just accepted have to become whole: who finds one broken before its
+first call waits longer than it takes to try again."""
+HOLD_S_MAX = 2.0
+"""How long new calls wait for those under way, so that all can be told together."""
+SENT_S = 0.02
+"""What the last answers have to get out."""
 
 log = structlog.get_logger()
 
@@ -65,7 +73,6 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.so_reuseport", 0),
 )
 
 
@@ -101,14 +108,22 @@ class RpcServer:
         clock: Clock,
         *,
         reflect: bool,
+        shared: bool = False,
     ) -> None:
-        """`servicers` by the name of their service; ValueError where a method has no rule."""
+        """`servicers` by the name of their service; ValueError where a method has no rule.
+
+        `shared`: other processes listen on the same ports.
+        """
+        options = (*OPTIONS, ("grpc.so_reuseport", int(shared)))
         self._listeners = listeners
         self._state = state
         self._clock = clock
+        self._shared = shared
+        self._ports: list[int] = []
+        self._health_port = 0
         self._health = health.aio.HealthServicer()
-        self._plain = grpc.aio.server(options=OPTIONS)
-        self._servers = [grpc.aio.server(options=OPTIONS) for _ in listeners]
+        self._plain = grpc.aio.server(options=options)
+        self._servers = [grpc.aio.server(options=options) for _ in listeners]
         for server in (self._plain, *self._servers):
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (*(service.full_name for service in SERVICES), health.SERVICE_NAME)
@@ -134,6 +149,7 @@ class RpcServer:
             for server, listener in zip(self._servers, self._listeners, strict=True)
         ]
         health_port = self._plain.add_insecure_port(health_address)
+        self._ports, self._health_port = ports, health_port
         await self._set_health(self._is_fresh())
         for server in (self._plain, *self._servers):
             await server.start()
@@ -158,9 +174,28 @@ class RpcServer:
             await self._health.set(name, SERVING if fresh else NOT_SERVING)
 
     async def stop(self, grace_s: float) -> None:
-        """NOT_SERVING first; then no new calls, and those under way have `grace_s` to end."""
+        """NOT_SERVING first; then no new calls, and those under way have `grace_s` to end.
+
+        New calls are UNAVAILABLE: they wait, unbegun, until those under way have ended, and then
+        their connections end. Where that takes long, the others are told by GOAWAY.
+        """
         await self._health.enter_graceful_shutdown()
-        for listener in self._listeners:
-            listener.pipeline.drain()
-        await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
+        pipelines = [listener.pipeline for listener in self._listeners]
+        if self._shared:
+            stop_listening((*self._ports, self._health_port))
+            await asyncio.sleep(SETTLE_S)
+        for pipeline in pipelines:
+            pipeline.drain()
+        hold_s = min(grace_s, HOLD_S_MAX)
+        if all(await asyncio.gather(*(pipeline.idle(hold_s) for pipeline in pipelines))):
+            await asyncio.sleep(SENT_S)
+            hang_up(self._ports)
+            grace_s = 0
+        else:
+            log.info("server.waits_for_calls", seconds=grace_s)
+        stopping = [asyncio.create_task(server.stop(grace_s)) for server in self._servers]
+        await asyncio.sleep(0)
+        for pipeline in pipelines:
+            pipeline.release()
+        await asyncio.gather(*stopping)
         await self._plain.stop(0)

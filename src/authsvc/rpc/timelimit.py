@@ -21,6 +21,7 @@ class TimeLimit:
         self._began: dict[Task, float] = {}
         self._exceeded: set[Task] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._idle: asyncio.Event | None = None
 
     def begin(self, now: float) -> Task:
         """The call of the task that runs begins; `now` by the performance counter."""
@@ -35,6 +36,20 @@ class TimeLimit:
         """The call is over, or nearly."""
         if self._began.pop(task, None) is None:
             self._exceeded.discard(task)
+        elif self._idle is not None and not self._began:
+            self._idle.set()
+
+    async def idle(self, within_s: float) -> bool:
+        """Waits until no call is under way; whether it came to that in time."""
+        if not self._began:
+            return True
+        self._idle = asyncio.Event()
+        try:
+            async with asyncio.timeout(within_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def exceeded(self, task: Task) -> bool:
         """Whether a CancelledError in it means that it took too long, and nothing else."""

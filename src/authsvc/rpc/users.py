@@ -178,7 +178,7 @@ def user_pb(user: User) -> users_pb2.User:
 def _item_error(error: Exception) -> auth_pb2.ItemError:
     told, incident = status.public(error)
     if incident:
-        log.error("rpc.incident", method="ImportUsers", incident=incident, exc_info=error)
+        log.error("rpc.incident", incident=incident, exc_info=error)
     return auth_pb2.ItemError(
         code=told.rule.code.value,
         reason=error_reason_pb2.ErrorReason.ValueType(told.reason),

@@ -8,6 +8,7 @@ from authsvc.store.sql_feed import SqlFeed
 from authsvc.store.sql_grants import SqlAssertions, SqlGrants
 from authsvc.store.sql_initial_access import SqlInitialAccessTokens
 from authsvc.store.sql_keys import SqlKeys
+from authsvc.store.sql_leases import SqlLeases
 from authsvc.store.sql_resources import SqlResources
 from authsvc.store.sql_revocations import SqlRevocations
 from authsvc.store.sql_roles import SqlRoles
@@ -26,6 +27,7 @@ def sql_store(database: Database, *, audit_s: float = AUDIT_S) -> Store:
         roles=SqlRoles(database),
         keys=SqlKeys(database),
         feed=SqlFeed(database),
+        leases=SqlLeases(database),
         grants=SqlGrants(database),
         sessions=SqlSessions(database),
         assertions=SqlAssertions(database),

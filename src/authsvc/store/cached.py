@@ -4,8 +4,10 @@ A row whose read overlapped with any change is used once and not kept, so what i
 applied revision, and a token minted by it carries a `rev` that is right (docs/decisions/0003).
 """
 
+from functools import partial
+
 from authsvc.model import Catalog, Client, ClientState, IdentityKind, Peer, peer_names
-from authsvc.store.port import ANY_KEY, ClientStore, ResourceStore
+from authsvc.store.port import ANY_KEY, ClientStore, ResourceStore, RowKind, Share, unshared
 from authsvc_client.core.cache import BytesCache
 from authsvc_client.core.markers import Marker, MarkerKind, marker_key
 
@@ -16,8 +18,9 @@ _CLIENT_BYTES = 8192  # a row with all its lists, measured generously
 class CachedClients:
     """Clients by id and by peer. What is not there is not remembered."""
 
-    def __init__(self, store: ClientStore) -> None:
+    def __init__(self, store: ClientStore, share: Share = unshared) -> None:
         self._store = store
+        self._share = share
         self._rows: BytesCache[bytes, Client] = BytesCache(CLIENTS_BYTES_MAX)
         self._by_thumbprint: BytesCache[str, tuple[str, bytes]] = BytesCache(2**22)
         self._changes = 0
@@ -40,11 +43,16 @@ class CachedClients:
 
     async def _load(self, client_id: str, key: bytes) -> Client | None:
         changes = self._changes
-        client = await self._store.get(client_id)
+        _, client = await self._share(
+            RowKind.CLIENT, key, client_id, partial(self._read, client_id)
+        )
         # A change that came meanwhile may be newer than this read: do not keep what it dropped.
         if client is not None and changes == self._changes:
             self._rows.put(key, client, _CLIENT_BYTES)
         return client
+
+    async def _read(self, client_id: str) -> tuple[int, Client | None]:
+        return 0, await self._store.get(client_id)
 
     def held(self, peer: Peer, now: float) -> Client | None:
         """As `by_peer`, where its row is at hand."""

@@ -32,7 +32,8 @@ def _config(connection: Connection) -> Config:
     return config
 
 
-def _standing(connection: Connection) -> Schema:
+def standing_of(connection: Connection) -> Schema:
+    """Where the schema stands."""
     scripts = ScriptDirectory.from_config(_config(connection))
     stamps = MigrationContext.configure(connection).get_current_heads()
     tables = set(inspect(connection).get_table_names())
@@ -48,7 +49,7 @@ def _standing(connection: Connection) -> Schema:
 def _upgrade(connection: Connection) -> Schema:
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
-    found = _standing(connection)
+    found = standing_of(connection)
     if found in (Schema.EMPTY, Schema.BEHIND):
         command.upgrade(_config(connection), "head")
     return found
@@ -57,7 +58,7 @@ def _upgrade(connection: Connection) -> Schema:
 async def standing(database: Database) -> Schema:
     """Where the schema stands. Raises AuthError STORE_UNAVAILABLE."""
     async with database.write() as connection:
-        return await connection.run_sync(_standing)
+        return await connection.run_sync(standing_of)
 
 
 async def upgrade(database: Database) -> Schema:

@@ -6,9 +6,10 @@ COMMIT_UNKNOWN (it is not known whether it was done).
 
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from enum import StrEnum
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from authsvc.acting import Act
 from authsvc.errors import AuthError, Reason
@@ -91,6 +92,39 @@ NOTHING = Touched()
 ANY_KEY = b""
 """What a listener gets for a key after a snapshot: any row of the kind may have changed."""
 
+Row = TypeVar("Row")
+
+
+class RowKind(StrEnum):
+    """Rows that workers may read for each other."""
+
+    CLIENT = "client"
+    HOLDER = "holder"
+    ROLE = "role"
+
+
+class Share(Protocol):
+    """Answers a row that another worker read, if it is as of the applied revision, or reads it."""
+
+    async def __call__(
+        self,
+        kind: RowKind,
+        key: bytes,
+        name: str,
+        read: Callable[[], Awaitable[tuple[int, Row]]],
+        /,
+    ) -> tuple[int, Row]:
+        """A row, and the revision that it is as of; `read` answers 0 for one that is applied, or
+        later. `key` is that of the markers that say of its changes, `name` tells rows of one key.
+        """
+
+
+async def unshared(
+    _kind: RowKind, _key: bytes, _name: str, read: Callable[[], Awaitable[tuple[int, Row]]]
+) -> tuple[int, Row]:
+    """Each worker for itself."""
+    return await read()
+
 
 def distinct(changes: Sequence[Change]) -> list[Change]:
     """Without repeats. A revision without a row would break the chain of nonces: ValueError."""
@@ -140,6 +174,10 @@ class FeedPage:
     """Those above the cursor; from cursor 0 all that are not over."""
     cursor_nonce: str | None
     """Nonce of the revision at the cursor, where it is still there."""
+    beat: float | None = None
+    """When the database last took a beat; None where there are no two of it."""
+    standby: bool = False
+    """It only repeats another database, so far."""
 
 
 def client_changes(client_id: str, *, cut_off: bool) -> list[Change]:
@@ -447,6 +485,24 @@ class FeedStore(Protocol):
 
     async def raise_epoch(self, page: FeedPage, above: int, *, cut_off: bool) -> None:
         """Opens a new epoch above `above`, once, however many workers ask after the same page."""
+
+    async def beat(self, every_s: float) -> None:
+        """Writes the time, where nobody did for so long; waits for nobody who is at it."""
+
+    async def fence(self) -> int:
+        """Opens an epoch with a cutoff for everything, above all that a restored database may have
+        forgotten; answers the revision of the cutoff.
+        """
+
+
+class LeaseStore(Protocol):
+    """Who does which task of the database, by its clock."""
+
+    async def take(self, name: str, holder: str, seconds: float) -> bool:
+        """Takes or renews a lease; False where another holds it."""
+
+    async def give_back(self, holder: str) -> None:
+        """Ends all leases of a holder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -836,6 +892,7 @@ class Store:
     roles: RoleStore
     keys: KeyStore
     feed: FeedStore
+    leases: LeaseStore
     grants: GrantStore
     sessions: SessionStore
     assertions: AssertionStore
@@ -846,6 +903,12 @@ class Store:
     revocations: RevocationStore
     sweeps: SweepStore
     audit: AuditStore
+
+    def on_commit(self, tell: Callable[[int, Sequence[Change]], None]) -> None:
+        """Has it told of each revision that is committed here, and of what changed with it."""
+        listen = getattr(self.feed, "on_commit", None)
+        if listen is not None:
+            listen(tell)
 
     async def close(self) -> None:
         """Gives connections back."""

@@ -1,9 +1,18 @@
 """The database: engines, transactions, and which errors mean what."""
 
 import asyncio
+import os
 import re
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +25,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from authsvc.clock import Clock
 from authsvc.errors import AuthError, Reason
+from authsvc.store.lineage import hold
+from authsvc.store.port import Change
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Row[Any])
@@ -32,9 +43,11 @@ TIME = {
     "sqlite": "authsvc_now()",
     "postgresql": "(extract(epoch FROM clock_timestamp())::double precision)",
 }
+# A standby has no timeline of its own yet.
 _POSTGRES_FINGERPRINT = (
-    "((SELECT system_identifier::text FROM pg_control_system()) || ':'"
-    " || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))"
+    "CASE WHEN pg_is_in_recovery() THEN ''"
+    " ELSE (SELECT system_identifier::text FROM pg_control_system()) || ':'"
+    " || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) END"
 )
 
 
@@ -63,21 +76,38 @@ class Database:
             auto = {"isolation_level": "AUTOCOMMIT"}
             self._single = self._writer.execution_options(**auto)
             self._reader = _postgres(url, timeout_s, POOL_CONNECTIONS).execution_options(**auto)
-            self._follower = _postgres(url, timeout_s, 2).execution_options(**auto)
+            self._follower = _postgres(url, timeout_s, 3).execution_options(**auto)
         else:
             raise ValueError(f"database.url: {self.dialect} is neither sqlite nor postgresql")
         self.time: ColumnElement[float] = literal_column(TIME[self.dialect])
+        self.standby: ColumnElement[bool] = literal_column(
+            "false" if self.dialect == "sqlite" else "pg_is_in_recovery()"
+        )
         if re.fullmatch(r"[0-9a-f]*", sqlite_id) is None:
             raise ValueError("sqlite_id: hexadecimal digits only")
         self.fingerprint: ColumnElement[str] = literal_column(
             f"'{sqlite_id}'" if self.dialect == "sqlite" else _POSTGRES_FINGERPRINT
         )
+        self.on_commit: Callable[[int, Sequence[Change]], None] = lambda _revision, _changes: None
+        """Told what each transaction that took a revision changed, once it is committed."""
         self._running: set[asyncio.Task[Any]] = set()
+        self._lineage = sqlite_id
+        self._held: int | None = None
 
     def is_missing(self) -> bool:
         """Whether it is a SQLite file that the first use would make."""
         file = self.url.database
         return self.dialect == "sqlite" and bool(file) and not Path(file or "").exists()
+
+    def hold(self) -> bool:
+        """Keeps servers of other lineages off a SQLite file; False where one has it open.
+
+        Raises OSError.
+        """
+        if self.dialect == "sqlite" and self.url.database and self._held is None:
+            self._held = hold(self.url.database, self._lineage)
+            return self._held is not None
+        return True
 
     async def close(self) -> None:
         """Waits for the changes under way, and gives all connections back."""
@@ -87,6 +117,9 @@ class Database:
             id(e.pool): e for e in (self._writer, self._reader, self._follower)
         }.values():
             await engine.dispose()
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
     @asynccontextmanager
     async def read(self, *, follower: bool = False) -> AsyncIterator[AsyncConnection]:
@@ -103,6 +136,7 @@ class Database:
         committing = False
         try:
             async with self._writer.connect() as connection:
+                connection.info.pop(_TAKEN, None)  # of one that was rolled back
                 yield connection
                 committing = True
                 try:
@@ -110,6 +144,8 @@ class Database:
                 except BaseException:
                     await connection.invalidate()  # SQLite may have left its transaction open
                     raise
+                for revision, changes in connection.info.pop(_TAKEN, ()):
+                    self.on_commit(revision, changes)
         except _LOST as error:
             if isinstance(error, IntegrityError) and not committing:
                 raise
@@ -141,6 +177,14 @@ class Database:
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         return await asyncio.shield(task)
+
+
+_TAKEN = "authsvc_taken"
+
+
+def note(connection: AsyncConnection, revision: int, changes: Sequence[Change]) -> None:
+    """What the transaction changes under a revision that it took, for `on_commit`."""
+    connection.info.setdefault(_TAKEN, []).append((revision, changes))
 
 
 def readable(rows: Iterable[R], decode: Callable[[R], T], table: str) -> Iterator[T]:

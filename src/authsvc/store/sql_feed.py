@@ -9,7 +9,9 @@ from sqlalchemy import (
     Row,
     Select,
     bindparam,
+    func,
     insert,
+    null,
     select,
     text,
     update,
@@ -28,9 +30,9 @@ from authsvc.store.port import (
     nonce,
     touched_by,
 )
-from authsvc.store.sql import TIME, Database
+from authsvc.store.sql import TIME, Database, note
 from authsvc.store.sql_audit import record, record_all
-from authsvc.store.tables import FEED, FEED_HEAD
+from authsvc.store.tables import BEAT, FEED, FEED_HEAD
 from authsvc_client.core.markers import (
     CUTOFF_KINDS,
     MARKER_LIFETIME_S,
@@ -52,6 +54,12 @@ _ADVANCE_POSTGRES = text(
     " FROM head, unnest(CAST(:kinds AS int[]), CAST(:keys AS bytea[])) AS m(kind, key)"
     " RETURNING revision"
 )
+# Others do not wait for who is at it: a commit may be held up for long.
+_BEAT = text(
+    f"UPDATE beat SET time = {TIME['postgresql']} WHERE id IN (SELECT id FROM beat WHERE"  # noqa: S608
+    f" abs({TIME['postgresql']} - time) >= :every_s FOR UPDATE SKIP LOCKED)"
+)
+HOUR_S = 3600
 _CUT_OFF_SQLITE = text(
     "INSERT INTO cutoff (key, revision) VALUES (:key, :revision)"
     " ON CONFLICT (key) DO UPDATE SET revision = excluded.revision"
@@ -101,6 +109,7 @@ async def advance_silently(
         revisions = found.scalars().all()
         if not revisions:
             raise NoResultFound("feed_head has no row")
+        note(connection, int(revisions[0]), unique)
         return int(revisions[0])
     moved = await connection.execute(
         update(FEED_HEAD)
@@ -118,6 +127,7 @@ async def advance_silently(
     if cutoffs:
         rows = [{"key": key, "revision": revision} for key in cutoffs]
         await connection.execute(_CUT_OFF_SQLITE, rows)
+    note(connection, revision, unique)
     return revision
 
 
@@ -232,10 +242,17 @@ class SqlFeed:
         self._db = database
         self._read_from = self._reading(FEED.c.revision >= bindparam("cursor"))
         self._read_all = self._reading(FEED.c.until > select(database.time).scalar_subquery())
+        self._lock_head = select(
+            FEED_HEAD.c.revision, database.time.label("time")
+        ).with_for_update()
 
     def _reading(self, wanted: ColumnElement[bool]) -> Select[Any]:
         """Head and rows: each by an index, so a statement for each kind of read."""
         head = FEED_HEAD.c
+        # A SQLite file has no second copy that it could be taken for. A missing row is no beat.
+        beat: ColumnElement[Any] = null()
+        if self._db.dialect == "postgresql":
+            beat = func.coalesce(select(BEAT.c.time).scalar_subquery(), 0.0)
         return select(
             head.revision.label("head"),
             head.compacted_to,
@@ -243,12 +260,18 @@ class SqlFeed:
             head.nonce.label("head_nonce"),
             self._db.time.label("time"),
             self._db.fingerprint.label("live_fingerprint"),
+            self._db.standby.label("standby"),
+            beat.label("beat"),
             *(FEED.c[name] for name in ("revision", "kind", "key", "until", "nonce")),
         ).select_from(FEED_HEAD.outerjoin(FEED, wanted))
 
     async def close(self) -> None:
         """Gives connections back."""
         await self._db.close()
+
+    def on_commit(self, tell: Callable[[int, Sequence[Change]], None]) -> None:
+        """Has it told of what is committed; it must neither wait nor fail."""
+        self._db.on_commit = tell
 
     async def append(self, changes: Sequence[Change], done: Done = ()) -> int:
         """See FeedStore."""
@@ -291,7 +314,18 @@ class SqlFeed:
                 )
             ),
             cursor_nonce=at_cursor.pop() if len(at_cursor) == 1 else None,
+            beat=first.beat,
+            standby=bool(first.standby),
         )
+
+    async def beat(self, every_s: float) -> None:
+        """See FeedStore."""
+        if self._db.dialect == "postgresql":
+            await self._db.to_the_end(self._beat(every_s))
+
+    async def _beat(self, every_s: float) -> None:
+        async with self._db.read(follower=True) as connection:
+            await connection.execute(_BEAT, {"every_s": every_s})
 
     async def begin(self, page: FeedPage) -> None:
         """See FeedStore."""
@@ -324,6 +358,29 @@ class SqlFeed:
                 await advance(self._db, connection, [change(MarkerKind.CUTOFF_EVERYTHING)])
             elif moved.rowcount:
                 await record(self._db, connection, NOTHING, revision=opening)
+
+    async def fence(self) -> int:
+        """See FeedStore."""
+        return await self._db.to_the_end(self._fence())
+
+    async def _fence(self) -> int:
+        async with self._db.write() as connection:
+            found = await connection.execute(self._lock_head)
+            head = found.one()
+            # An epoch for each hour since 1970, below 2**53 until 2209, and a million revisions for
+            # each second of it: above a lost history, had it been fenced a moment ago.
+            opening = int(head.time / HOUR_S * REVISIONS_PER_EPOCH)
+            if opening <= head.revision:
+                opening = (head.revision // REVISIONS_PER_EPOCH + 1) * REVISIONS_PER_EPOCH
+            await connection.execute(
+                update(FEED_HEAD).values(
+                    revision=opening,
+                    compacted_to=opening,
+                    fingerprint=self._db.fingerprint,
+                    nonce=nonce(),
+                )
+            )
+            return await advance(self._db, connection, [change(MarkerKind.CUTOFF_EVERYTHING)])
 
 
 def _marker(row: Row[Any]) -> Marker:

@@ -456,6 +456,25 @@ class FeedHeadRow(SQLModel, table=True):
     nonce: str = ""
 
 
+class BeatRow(SQLModel, table=True):
+    """The one row by which a worker knows that the database takes writes."""
+
+    __tablename__ = "beat"
+
+    id: int = Field(primary_key=True)
+    time: float = Field(sa_column=_time("time"))
+
+
+class LeaseRow(SQLModel, table=True):
+    """Who does a task of the database, until when."""
+
+    __tablename__ = "lease"
+
+    name: str = Field(primary_key=True, max_length=64)
+    holder: str
+    until: float = Field(sa_column=_time("until"))
+
+
 def table(row: type[SQLModel]) -> Table:
     """The Core table of a row class: queries select columns and never build row objects."""
     found = SQLModel.metadata.tables[str(row.__tablename__)]
@@ -471,4 +490,4 @@ INITIAL_ACCESS_TOKEN, CREATION = table(InitialAccessTokenRow), table(CreationRow
 USER, SESSION, FAILURE = table(UserRow), table(SessionRow), table(FailureRow)
 PERMISSION, ROLE = table(PermissionRow), table(RoleRow)
 ROLE_PERMISSION, ROLE_ASSIGNMENT = table(RolePermissionRow), table(RoleAssignmentRow)
-AUDIT = table(AuditRow)
+AUDIT, BEAT, LEASE = table(AuditRow), table(BeatRow), table(LeaseRow)
