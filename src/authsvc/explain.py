@@ -123,9 +123,10 @@ class Answer(Protocol):
 class Validate(Protocol):
     """ValidateToken."""
 
-    async def __call__(
-        self, token: str, question: Question, *, at_least: int = 0, strong: bool = False
-    ) -> Answer:
+    async def catch_up(self, at_least: int) -> None:
+        """Applies what was written before. Raises AuthError."""
+
+    async def __call__(self, token: str, question: Question) -> Answer:
         """The answer to a client. Raises StateStale and AuthError."""
 
 
@@ -171,8 +172,10 @@ class ExplainToken:
 
         Raises AuthError CLIENT_NOT_FOUND, and as ValidateToken.
         """
+        if strong or at_least > self._judge.state.revision:
+            await self._validate.catch_up(at_least)
         question = replace(question, audiences=await self._audiences(caller_client_id))
-        answer = await self._answer(token, question, at_least=at_least, strong=strong)
+        answer = await self._answer(token, question)
         if token.startswith(REFRESH_TOKEN_PREFIX):
             return await self._refresh_token(token, caller_client_id)
         return await self._access_token(token, question, answer)
@@ -185,14 +188,10 @@ class ExplainToken:
             raise AuthError(Reason.CLIENT_NOT_FOUND)
         return validated_by(client, await self._catalog())
 
-    async def _answer(
-        self, token: str, question: Question, *, at_least: int, strong: bool
-    ) -> Answer | None:
-        """What ValidateToken says, by a state as fresh as is asked for; None where the state is
-        too old for this audience alone.
-        """
+    async def _answer(self, token: str, question: Question) -> Answer | None:
+        """What ValidateToken says; None where the state is too old for this audience alone."""
         try:
-            return await self._validate(token, question, at_least=at_least, strong=strong)
+            return await self._validate(token, question)
         except StateStale:
             self._judge.state.require_fresh(self._clock.boot())
             return None

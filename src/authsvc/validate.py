@@ -45,27 +45,24 @@ class ValidateToken:
         self._state = state
         self._waiters = 0
 
-    async def __call__(
-        self,
-        token: str,
-        question: Question,
-        *,
-        at_least: int = 0,
-        strong: bool = False,
-        full: bool = False,
-    ) -> Answer:
-        """By a state at or above the revision `at_least`, and with `strong` one of after the call;
-        `full` with all the permissions of its subject on the audience.
+    async def catch_up(self, at_least: int) -> None:
+        """Applies all that was written before this call. It comes before whatever is judged by
+        that state, the asker above all.
 
-        Raises StateStale where no answer is safe, AuthError REVISION_UNKNOWN, FIELD_INVALID where
-        permissions are asked for without saying of which audience, and STORE_UNAVAILABLE where that
-        needs the database; a JWT and the state at hand do not.
+        Raises AuthError STORE_UNAVAILABLE, and REVISION_UNKNOWN where that is below `at_least`.
         """
-        if strong or at_least > self._state.revision:
-            await self._follow.fresh()
-            if at_least > self._state.revision:
-                metadata = {"revision": str(self._state.revision)}
-                raise AuthError(Reason.REVISION_UNKNOWN, metadata=metadata)
+        await self._follow.fresh()
+        if at_least > self._state.revision:
+            metadata = {"revision": str(self._state.revision)}
+            raise AuthError(Reason.REVISION_UNKNOWN, metadata=metadata)
+
+    async def __call__(self, token: str, question: Question, *, full: bool = False) -> Answer:
+        """By the state at hand; `full` with all the permissions of its subject on the audience.
+
+        Raises StateStale where no answer is safe, AuthError FIELD_INVALID where permissions are
+        asked for without saying of which audience, and STORE_UNAVAILABLE where that needs the
+        database; a JWT and the state at hand do not.
+        """
         verdict = await self._identify(token, question)
         if verdict.reason is Reason.TOKEN_KEY_UNKNOWN and self._waiters < WAITERS_MAX:
             # Another worker may have begun to sign with a key that this one reads within a second.

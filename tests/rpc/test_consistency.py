@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from authsvc.errors import AuthError, Reason
+from authsvc.feed import follow
 from authsvc.store.port import FeedPage, FeedStore, Store
 from authsvc_client.v1 import auth_pb2
 from authsvc_client.v1.resources_pb2 import TOKEN_FORMAT_OPAQUE
@@ -111,6 +112,27 @@ async def _two(directory: Path, url: str) -> AsyncIterator[Two]:
 async def two(tmp_path: Path, migrated_url: str) -> AsyncIterator[Two]:
     async with _two(tmp_path, migrated_url) as made:
         yield made
+
+
+@pytest.mark.parametrize("strong", [True, False])
+async def test_what_an_asker_may_see_is_as_fresh_as_the_answer(
+    two: Two, monkeypatch: pytest.MonkeyPatch, strong: bool
+) -> None:
+    """A resource made elsewhere, of which this worker knows nothing until it looks."""
+    monkeypatch.setattr(follow, "POLL_S", 300.0)
+    await two.b.app.follow.fresh()  # from here on it looks only when it is asked to
+    assert await two.judged(await two.token(), BOUNDED)
+    name = "https://new.test"
+    await two.a.resource(name, "new.read", owner=two.owner.client_id)
+    client = await two.a.member("newcomer", "new.read")
+    token = (await two.a.token(client, resources=[name])).access_token
+    consistency = STRONG if strong else at_least(two.a.app.state.revision)
+    bounded, fresh = [
+        await two.b.verdict(two.owner.who, token, of=client.who, consistency=each)
+        for each in (BOUNDED, consistency)
+    ]
+    assert not bounded.active  # else this shows nothing
+    assert fresh.active
 
 
 async def test_what_is_revoked_elsewhere_is_never_active(two: Two) -> None:

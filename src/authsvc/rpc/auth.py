@@ -11,7 +11,7 @@ from authsvc.authenticate import Authenticate, Credentials
 from authsvc.errors import AuthError, Reason
 from authsvc.feed.watch import WatchChanges
 from authsvc.issue import IssueToken, TokenRequest
-from authsvc.model import SCOPE_ADMIN, Caller, GrantType
+from authsvc.model import SCOPE_ADMIN, SCOPE_VALIDATE, Caller, GrantType
 from authsvc.oauth.policy import NOT_LET_IN
 from authsvc.refresh import RefreshRequest, RefreshToken
 from authsvc.register import RegisterClient
@@ -108,11 +108,12 @@ class AuthServicer:
 
     async def ValidateToken(self, asked: convert.Asked, call: Call) -> bytes:
         """Warm: no database, no signature check."""
+        if asked.strong or asked.at_least > self._state.revision:
+            await self._validate.catch_up(asked.at_least)
+            await call.require_caller(SCOPE_VALIDATE)  # what it may see, it may since then
         answer = await self._validate(
             asked.token,
             asked.by(call.caller.audiences),
-            at_least=asked.at_least,
-            strong=asked.strong,
             full=asked.view == auth_pb2.TOKEN_VIEW_FULL,
         )
         self._judged[answer.verdict.reason]()
