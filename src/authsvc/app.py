@@ -77,7 +77,7 @@ from authsvc.store import sql_store
 from authsvc.store.cached import CachedCatalog, CachedClients
 from authsvc.store.migrate import Schema, standing, upgrade
 from authsvc.store.port import SWEPT, Impact, Store, change, unshared
-from authsvc.store.sql import Database
+from authsvc.store.sql import Database, shown
 from authsvc.tasks import Elected, Tasks
 from authsvc.telemetry import Metrics
 from authsvc.users import UserPasswords, Users
@@ -322,7 +322,9 @@ class App:
             return as_of(client, now(), registration.pending_s)
 
         registered = Clients(store.clients, check, follow.reach, as_of_now, now)
-        self._passwords = passwords = Passwords(**settings.passwords.model_dump())
+        self._passwords = passwords = Passwords(
+            **settings.passwords.model_dump(), workers=settings.workers
+        )
         check_password = CheckPassword(store.users, store.failures, passwords)
         client_pb = ClientEncoder(registration, as_of_now)
         validate = ValidateToken(identify, permissions, follow, state)
@@ -643,10 +645,10 @@ def open_database(url: str, clock: Clock, database_id: str) -> Database:
     try:
         return Database(url, clock, sqlite_id=database_id)
     except Exception as error:
-        shown = ""
+        where = ""
         with contextlib.suppress(Exception):
-            shown = make_url(url).render_as_string(hide_password=True)
-        raise StartError(f"database.url {shown}: not usable ({type(error).__name__})") from error
+            where = shown(make_url(url))
+        raise StartError(f"database.url {where}: not usable ({type(error).__name__})") from error
 
 
 async def migrate(settings: Settings, *, check: bool) -> tuple[str, Schema]:
@@ -658,10 +660,10 @@ async def migrate(settings: Settings, *, check: bool) -> tuple[str, Schema]:
     lineage = "" if check else database_id(settings)
     database = open_database(url, SystemClock(), lineage)
     try:
-        shown = database.url.render_as_string(hide_password=True)
+        where = shown(database.url)
         if check and database.is_missing():
-            return shown, Schema.EMPTY  # to look into it would make it
-        return shown, await (standing(database) if check else upgrade(database))
+            return where, Schema.EMPTY  # to look into it would make it
+        return where, await (standing(database) if check else upgrade(database))
     finally:
         await database.close()
 
@@ -687,11 +689,11 @@ async def fence(settings: Settings, *, comment: str, dry: bool) -> Fence:
     lineage = "" if dry else database_id(settings)
     database = open_database(database_url(settings), SystemClock(), lineage)
     try:
-        shown = database.url.render_as_string(hide_password=True)
+        where = shown(database.url)
         found = Schema.EMPTY if database.is_missing() else await standing(database)
         if found is not Schema.CURRENT:
             raise StartError(
-                f"{shown}: the schema is {found.value}: `authsvc migrate` brings it up to date"
+                f"{where}: the schema is {found.value}: `authsvc migrate` brings it up to date"
                 " where it can"
             )
         store, everything = sql_store(database), change(MarkerKind.CUTOFF_EVERYTHING)
@@ -699,7 +701,7 @@ async def fence(settings: Settings, *, comment: str, dry: bool) -> Fence:
         head = (await store.feed.read(0)).head
         begin(lambda: Act("Fence", comment=comment))
         revision = 0 if dry else await store.feed.fence()
-        return Fence(shown, impact, head, revision)
+        return Fence(where, impact, head, revision)
     finally:
         await database.close()
 

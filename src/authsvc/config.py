@@ -175,7 +175,10 @@ class Passwords(_Section):
     memory_kib: int = Field(65536, ge=64, le=2**22, description="memory of one hash, KiB")
     passes: int = Field(3, ge=1, le=100, description="passes over it")
     threads: int = Field(
-        0, ge=0, le=256, description="hashes at once; 0: half as many as there are processors"
+        0,
+        ge=0,
+        le=256,
+        description="hashes at once in a worker; 0: half its share of the processors",
     )
     queue: int = Field(
         32, ge=0, le=10_000, description="passwords that may wait for that; more are refused"

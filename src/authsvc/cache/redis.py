@@ -56,7 +56,7 @@ class RedisLink:
 
     def __init__(self, settings: config.Redis, metrics: Metrics) -> None:
         """ValueError, without its text, where the URL is malformed."""
-        self._place = _Place(settings)
+        self._place = Place(settings)
         self._budget_s = settings.budget_ms / 1000
         self._client = self._place.open()
         self._under_way: set[asyncio.Task[Any]] = set()
@@ -260,7 +260,7 @@ class _Client:
                 await each.aclose()
 
 
-class _Place:
+class Place:
     """Where Redis is, and how connections to it are made."""
 
     def __init__(self, settings: config.Redis) -> None:

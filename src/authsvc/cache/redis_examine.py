@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from redis.asyncio.cluster import RedisCluster
 
 from authsvc import config
-from authsvc.cache.redis import _Place
+from authsvc.cache.redis import Place
 from authsvc.clock import Clock
 
 PINGS = 5
@@ -24,7 +24,7 @@ class RedisServer(NamedTuple):
 
 def addresses(settings: config.Redis) -> list[str]:
     """Hosts or path of the URL. ValueError, without its text, where it is malformed."""
-    place = _Place(settings)
+    place = Place(settings)
     return [host for host, _ in place._hosts] or [place._path]  # noqa: SLF001
 
 
@@ -65,7 +65,7 @@ class RedisExamination:
 @asynccontextmanager
 async def examined(settings: config.Redis, clock: Clock) -> AsyncIterator[RedisExamination]:
     """Connections of its own, closed at the end."""
-    client = _Place(settings).open()
+    client = Place(settings).open()
     try:
         yield RedisExamination(client.commands, clock)
     finally:

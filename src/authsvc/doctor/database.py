@@ -25,6 +25,7 @@ from authsvc.store.examine import (
     look_into,
 )
 from authsvc.store.migrate import Schema
+from authsvc.store.sql import shown
 
 VERSION = 15
 CLOSE_S = 1.0
@@ -62,12 +63,6 @@ async def look(settings: Settings, report: Report, clock: Clock) -> None:
         await in_thread(_sqlite, settings, Path(url.database or ""), report, clock.wall())
     else:
         await _postgres(settings, url, report, clock)
-
-
-def shown(url: URL) -> str:
-    """Without what may be secret: the password, and the query but for its host."""
-    query = {name: value for name, value in url.query.items() if name == "host"}
-    return url.set(query=query).render_as_string(hide_password=True)
 
 
 async def _postgres(settings: Settings, url: URL, report: Report, clock: Clock) -> None:

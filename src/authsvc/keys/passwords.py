@@ -39,9 +39,13 @@ class Passwords:
         threads: int = 0,
         queue: int = 32,
         min_chars: int = 12,
+        workers: int = 1,
     ) -> None:
-        """`threads` 0: half of the processors. `queue` bounds those that wait for a thread."""
-        threads = threads or max(1, (os.cpu_count() or 1) // 2)
+        """`threads` 0: half of a worker's share of the processors, of which `workers` 0 has one
+        each. `queue` bounds those that wait for a thread.
+        """
+        processors = os.cpu_count() or 1
+        threads = threads or max(1, processors // (workers or processors) // 2)
         self._hasher = PasswordHasher(passes, memory_kib, 1, _HASH_BYTES, _SALT_BYTES, type=Type.ID)
         self._dummy = _dummy(self._hasher)
         self._min_chars = min_chars

@@ -30,7 +30,8 @@ _SERVER = text(
            current_setting('synchronous_standby_names') AS synchronous_standby_names,
            extract(epoch FROM clock_timestamp())::float8 AS time,
            (SELECT count(*) FROM pg_stat_activity
-            WHERE application_name = 'authsvc' AND pid <> pg_backend_pid()) AS own,
+            WHERE application_name = 'authsvc' AND datname = current_database()
+                AND pid <> pg_backend_pid()) AS own,
            least(
                current_setting('max_connections')::int
                    - current_setting('superuser_reserved_connections')::int

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import structlog
 from sqlalchemy import ColumnElement, Executable, Row, event, literal_column
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -177,6 +177,12 @@ class Database:
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         return await asyncio.shield(task)
+
+
+def shown(url: URL) -> str:
+    """Without what may be secret: the password, and the query but for its host."""
+    query = {name: value for name, value in url.query.items() if name == "host"}
+    return url.set(query=query).render_as_string(hide_password=True)
 
 
 _TAKEN = "authsvc_taken"
