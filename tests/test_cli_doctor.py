@@ -32,6 +32,7 @@ from authsvc.doctor import redis as redis_module
 from tests import certs
 from tests.certs import DAY, HOUR, Issued
 from tests.clocks import HandClock
+from tests.harness import TIMEOUT_S
 from tests.redis_servers import Redis, free_port
 from tests.servers import SUPERUSER, Postgres
 
@@ -264,7 +265,8 @@ async def test_named_files_must_be_there(
     findings = await everything(with_(fresh, redis=redis))
     for check in ("AUTHSVC_SEAL_KEYS_FILE", "redis.password_file", "redis.key"):
         assert found(findings, f"files.{check}")[:2] == ("problem", "there is no such file")
-    secret.touch(0o644)
+    secret.touch()
+    secret.chmod(0o644)
     assert (await looked(fresh, "files.AUTHSVC_SEAL_KEYS_FILE"))[0] == "problem"
 
 
@@ -616,6 +618,9 @@ def name_of(settings: Settings) -> str:
 
 
 async def test_postgres_that_is_ready(on_postgres: Settings) -> None:
+    async with asyncio.timeout(TIMEOUT_S):  # those of the migration are still being closed
+        while "0 used" not in found(await everything(on_postgres), "database.connections")[1]:
+            pass
     findings = await everything(on_postgres)
     checks = ("reachable", "version", "primary", "clock", "connections", "synchronous")
     for check in (*checks, "fingerprint", "schema", "privileges", "feed"):

@@ -25,7 +25,6 @@ from tests.harness import TIMEOUT_S, outcome, until
 from tests.test_server import Process
 
 CHANNELS, CALLERS = 16, 64
-PAUSE_S = 0.05
 START_S = 60.0
 LOCAL = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
 
@@ -81,9 +80,12 @@ class Workers(Process):
 
 
 class Load:
-    """Callers over many connections; a call that is UNAVAILABLE is made once more."""
+    """Callers over many connections; a call that is UNAVAILABLE is made once more, at once or when
+    there is a connection.
+    """
 
-    def __init__(self, server: Workers) -> None:
+    def __init__(self, server: Workers, *, waits: bool = False) -> None:
+        self._waits = waits
         self._channels = [server.open() for _ in range(CHANNELS)]
         self._over = False
         self.ended = Counter[str]()
@@ -108,14 +110,13 @@ class Load:
             code = await self._once(stub)
             if code == "UNAVAILABLE":
                 self.repeated += 1
-                await asyncio.sleep(PAUSE_S)
-                code = await self._once(stub)
+                code = await self._once(stub, wait_for_ready=self._waits)
             self.ended[code] += 1
             await asyncio.sleep(0.01)  # the machine is for others too
 
-    async def _once(self, stub: Any) -> str:
+    async def _once(self, stub: Any, **options: Any) -> str:
         try:
-            await stub.GetKeys(auth_pb2.GetKeysRequest(), timeout=TIMEOUT_S)
+            await stub.GetKeys(auth_pb2.GetKeysRequest(), timeout=TIMEOUT_S, **options)
         except grpc.aio.AioRpcError as error:
             return error.code().name
         return "OK"
@@ -220,7 +221,7 @@ async def test_killed_worker_is_replaced_and_what_it_counted_stays(shared: Worke
 
 async def test_sighup_reloads_one_by_one_without_a_failed_call(shared: Workers) -> None:
     (shared.root / "authsvc.toml").write_text("[keys]\nmax_age_s = 222\n")
-    async with Load(shared) as load:
+    async with Load(shared, waits=True) as load:
         for _ in range(2):
             await shared.roll()
     assert set(load.ended) == {"OK"}

@@ -52,7 +52,7 @@ SERVING, NOT_SERVING = (
 CONNECTION_AGE_MS = 30 * 60 * 1000
 CONNECTION_AGE_GRACE_MS = 60 * 1000
 HEALTH_INTERVAL_S = 0.5
-SETTLE_S = 0.2
+SETTLE_S = 0.5
 """What connections that were just accepted have to become whole: who finds one broken before its
 first call waits longer than it takes to try again."""
 HOLD_S_MAX = 2.0

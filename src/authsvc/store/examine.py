@@ -31,7 +31,7 @@ _SERVER = text(
            extract(epoch FROM clock_timestamp())::float8 AS time,
            (SELECT count(*) FROM pg_stat_activity
             WHERE application_name = 'authsvc' AND datname = current_database()
-                AND pid <> pg_backend_pid()) AS own,
+                AND usename = current_user AND pid <> pg_backend_pid()) AS own,
            least(
                current_setting('max_connections')::int
                    - current_setting('superuser_reserved_connections')::int
