@@ -14,11 +14,11 @@ from authsvc.config import load
 from authsvc_client.v1 import auth_pb2
 from tests.servers import Postgres
 
-from .load import Compared, Contender, take_turns, turn
+from .load import Compared, Contender, Method, take_turns, turn
 from .people import password_beside_validate, permissions_reach, validate_full_warm
 from .processes import authsvc
 from .reach import revocation_reach
-from .scene import scene
+from .scene import connect, scene
 from .stage import Budget, Line, Stage, rates, require_active, warm
 from .workers import workers
 
@@ -28,6 +28,8 @@ BUDGETS: Mapping[str, Budget] = {
     "validate_warm": Budget(least=0.90),
     # Server CPU above the floor's, in bare signature verifications.
     "validate_cold": Budget(most=1.5),
+    # Tokens a CPU second, those of one call each being 1.
+    "batch": Budget(least=10.0),
     # The floor signs once.
     "issue": Budget(least=0.75),
     # Transactions that write, a call: one statement that commits itself.
@@ -92,6 +94,42 @@ async def validate_cold(stage: Stage) -> Line:
         "floor_cpu_us": round(compared.floor_cpu_us, 1),
         "rate": round(compared.rate),
         "busy": round(compared.busy, 2),
+    }
+
+
+BATCH_TOKENS = 100
+
+
+async def batch(stage: Stage) -> Line:
+    """BatchValidateTokens of warm tokens, beside ValidateToken of each."""
+    tokens = await stage.scene.tokens(BATCH_TOKENS)
+    each = [stage.scene.validation(token, auth_pb2.TOKEN_VIEW_VERDICT) for token in tokens]
+    together = auth_pb2.BatchValidateTokensRequest(
+        requests=map(auth_pb2.ValidateTokenRequest.FromString, each)
+    ).SerializeToString()
+    alone_s, batched_s, answers = [], [], list[bytes]()
+    async with connect(stage.scene.pki, "billing", stage.authsvc.port) as channel:
+        alone, batched = (
+            Contender(stage.authsvc, Method(channel, method))
+            for method in ("ValidateToken", "BatchValidateTokens")
+        )
+        for number in range(stage.size.rounds + 1):
+            unary = await alone.run(each)
+            many = await batched.run([together] * 20)
+            if number:
+                alone_s.append(unary.cpu_s)
+                batched_s.append(many.cpu_s / BATCH_TOKENS)
+                answers += many.answers
+    found = map(auth_pb2.BatchValidateTokensResponse.FromString, answers)
+    if not all(result.verdict.active for response in found for result in response.results):
+        raise RuntimeError("an answer that is not active")
+    return {
+        "value": round(1 / median(batched_s)),
+        "unit": "tokens/CPU s",
+        "floor": round(1 / median(alone_s)),
+        "ratio": median(one / many for one, many in zip(alone_s, batched_s, strict=True)),
+        "cpu_us": round(median(batched_s) * 1e6, 2),
+        "floor_cpu_us": round(median(alone_s) * 1e6, 1),
     }
 
 
@@ -163,6 +201,7 @@ BENCHES: Mapping[str, Callable[[Stage], Awaitable[Line]]] = {
         floor_echo,
         validate_warm,
         validate_cold,
+        batch,
         issue,
         refresh,
         validate_full_warm,

@@ -126,6 +126,12 @@ class Identify:
         self._standings: _Reads[tuple[bytes, int], _Standing] = _Reads(clock, _standing_size)
         self._standings_by: Catalog | None = None
 
+    def at_hand(self, token: str, question: Question) -> Verdict | None:
+        """The verdict on a JWT; None of a token that has to be found. Raises StateStale."""
+        if _is_stored(token):
+            return None
+        return self._judge(token, question, self._clock.boot(), None)
+
     async def __call__(self, token: str, question: Question) -> Verdict:
         """The verdict. Raises StateStale, and AuthError STORE_UNAVAILABLE for a stored token."""
         known = await self._find(token) if _is_stored(token) else None

@@ -45,6 +45,15 @@ class ValidateToken:
         self._state = state
         self._waiters = 0
 
+    def at_hand(self, token: str, question: Question, *, full: bool = False) -> Answer | None:
+        """As `__call__`, by what this process knows; None where something has to be waited for."""
+        verdict = self._identify.at_hand(token, question)
+        if verdict is None or verdict.reason is Reason.TOKEN_KEY_UNKNOWN:
+            return None
+        if verdict.active and (full or question.permissions):
+            return self._permitted(question, verdict)
+        return Answer(verdict)
+
     async def catch_up(self, at_least: int) -> None:
         """Applies all that was written before this call. It comes before whatever is judged by
         that state, the asker above all.
@@ -82,19 +91,27 @@ class ValidateToken:
             claims = verdict.claims
             if not verdict.active or claims is None:
                 return Answer(verdict)
-            audience = _audience(question, claims)
-            held = self._permissions.at_hand(claims.subject, audience)
-            if held is not None:
-                missing = question.permissions - held.names
-                if missing:
-                    verdict.reason = Reason.INSUFFICIENT_PERMISSIONS
-                    verdict.missing_permissions = missing
-                return Answer(verdict, held)
-            await self._permissions(claims.subject, audience)
+            answer = self._permitted(question, verdict)
+            if answer is not None:
+                return answer
+            await self._permissions(claims.subject, _audience(question, claims))
             verdict = await self._identify(token, question)
         raise AuthError(
             Reason.STORE_UNAVAILABLE, retry_after_s=1.0, cause="permissions change all the time"
         )
+
+    def _permitted(self, question: Question, verdict: Verdict) -> Answer | None:
+        """An active token with its subject's permissions; None where they are not at hand."""
+        assert verdict.claims is not None
+        audience = _audience(question, verdict.claims)
+        held = self._permissions.at_hand(verdict.claims.subject, audience)
+        if held is None:
+            return None
+        missing = question.permissions - held.names
+        if missing:
+            verdict.reason = Reason.INSUFFICIENT_PERMISSIONS
+            verdict.missing_permissions = missing
+        return Answer(verdict, held)
 
 
 def _audience(question: Question, claims: Claims) -> str:

@@ -41,6 +41,7 @@ BUILT = {
     "IssueToken": "FIELD_INVALID",
     "RefreshToken": "FIELD_INVALID",
     "ValidateToken": "FIELD_INVALID",
+    "BatchValidateTokens": "FIELD_INVALID",
     "RevokeToken": "FIELD_INVALID",
     "RegisterClient": "FIELD_INVALID",
     "WatchChanges": "OK",

@@ -1,7 +1,7 @@
 """AuthService: decode, call the verb, encode."""
 
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 
 import structlog
@@ -11,14 +11,15 @@ from authsvc.authenticate import Authenticate, Credentials
 from authsvc.errors import AuthError, Reason
 from authsvc.feed.watch import WatchChanges
 from authsvc.issue import IssueToken, TokenRequest
-from authsvc.model import SCOPE_ADMIN, SCOPE_VALIDATE, Caller, GrantType
+from authsvc.model import SCOPE_ADMIN, Caller, GrantType
 from authsvc.oauth.policy import NOT_LET_IN
 from authsvc.refresh import RefreshRequest, RefreshToken
 from authsvc.register import RegisterClient
 from authsvc.revoke import Revocation, RevokeToken
 from authsvc.rpc import convert, registered
+from authsvc.rpc.batch import Answers, Questions
 from authsvc.rpc.limits import field_invalid
-from authsvc.rpc.pipeline import Call, Prepare
+from authsvc.rpc.pipeline import Call, Read
 from authsvc.telemetry import Metrics
 from authsvc.validate import ValidateToken
 from authsvc_client.core.reason import Reason as Verdicts
@@ -32,9 +33,6 @@ _request_id = re.compile(r"[A-Za-z0-9_-]{8,64}").fullmatch
 
 class AuthServicer:
     """The hot path. RPCs that are not here answer UNIMPLEMENTED."""
-
-    prepared: Mapping[str, Prepare] = {"ValidateToken": convert.Asked}
-    """The same token is asked for again and again, in the same bytes."""
 
     def __init__(
         self,
@@ -53,7 +51,6 @@ class AuthServicer:
     ) -> None:
         self._issue = issue
         self._refresh = refresh
-        self._validate = validate
         self._revoke = revoke
         self._register = register
         self._watch = watch
@@ -63,6 +60,12 @@ class AuthServicer:
         self._keys_max_age_s = keys_max_age_s
         self._encode = convert.VerdictEncoder()
         self._judged = {reason: metrics.verdicts.labels(reason.name).inc for reason in Verdicts}
+        self._answers = Answers(validate, state, self._encode, self._judged)
+        questions = Questions()
+        self.readers: Mapping[str, Read] = {
+            "ValidateToken": questions.one,
+            "BatchValidateTokens": questions.many,
+        }
 
     async def IssueToken(
         self, request: auth_pb2.IssueTokenRequest, call: Call
@@ -108,16 +111,15 @@ class AuthServicer:
 
     async def ValidateToken(self, asked: convert.Asked, call: Call) -> bytes:
         """Warm: no database, no signature check."""
-        if asked.strong or asked.at_least > self._state.revision:
-            await self._validate.catch_up(asked.at_least)
-            await call.require_caller(SCOPE_VALIDATE)  # what it may see, it may since then
-        answer = await self._validate(
-            asked.token,
-            asked.by(call.caller.audiences),
-            full=asked.view == auth_pb2.TOKEN_VIEW_FULL,
-        )
+        answer = await self._answers.one(asked, call)
         self._judged[answer.verdict.reason]()
         return self._encode(answer, asked.view)
+
+    async def BatchValidateTokens(
+        self, questions: Sequence[convert.Asked | AuthError], call: Call
+    ) -> bytes:
+        """Answers in order; what is wrong with one item fails it alone."""
+        return await self._answers.many(questions, call)
 
     async def RevokeToken(
         self, request: auth_pb2.RevokeTokenRequest, call: Call

@@ -150,7 +150,7 @@ def issued_pb(answer: TokenAnswer) -> auth_pb2.IssuedToken:
 class Asked:
     """What a ValidateTokenRequest asks, whoever sends it: made once for the same bytes."""
 
-    __slots__ = ("_question", "at_least", "strong", "token", "view")
+    __slots__ = ("_question", "at_least", "full", "strong", "token", "view")
 
     def __init__(self, request: auth_pb2.ValidateTokenRequest) -> None:
         """Raises AuthError NOT_IMPLEMENTED for what is not judged yet."""
@@ -168,6 +168,7 @@ class Asked:
             thumbprint = request.presenter.certificate_thumbprint
         self.token = request.token
         self.view = request.view
+        self.full = request.view == auth_pb2.TOKEN_VIEW_FULL
         self.at_least = request.consistency.at_least
         self.strong = request.consistency.HasField("strong")
         self._question = Question(

@@ -34,11 +34,9 @@ from authsvc.rpc.policy import Policy, Rule, rule_of
 from authsvc.rpc.rates import Limit, Rates
 from authsvc.rpc.timelimit import TimeLimit
 from authsvc.telemetry import Metrics, log_about
-from authsvc_client.core.cache import BytesCache
 
 DEADLINE_S_MAX = 30.0
 REQUEST_ID_KEY = "x-request-id"
-PREPARED_BYTES_MAX = 32 * 2**20
 REFUSALS_MAX = 10
 """How many of a caller's refusals a worker audits in a minute; the others are in the log alone."""
 
@@ -119,10 +117,9 @@ Peers = Callable[[AuthContext, float], Peer]
 """The peer of a connection at a time; raises AuthError."""
 Unary = Callable[[Any, Call], Awaitable[Message | bytes]]
 Stream = Callable[[Any, Call], AsyncGenerator[Message, None]]
-Prepare = Callable[[Any], object]
-"""Makes of a request what depends on its bytes alone; raises AuthError."""
 Decode = Callable[[bytes], Message]
 Read = Callable[[bytes], Any]
+"""Makes a request of bytes; raises AuthError for what is not within its limits."""
 Encode = Callable[[Any], bytes]
 Admit = Callable[[Rule, Context, str], Awaitable[Call]]
 
@@ -183,7 +180,8 @@ class Pipeline:
     def handler(
         self, method: MethodDescriptor, servicer: object
     ) -> "grpc.RpcMethodHandler[Any, Any]":
-        """The handler of a method; what the servicer lacks answers UNIMPLEMENTED.
+        """The handler of a method; what the servicer lacks answers UNIMPLEMENTED. It may have a
+        reader of its own, which then keeps to the limits itself.
 
         ValueError or KeyError where the method has no rule, or a field of it no limit.
         """
@@ -192,10 +190,10 @@ class Pipeline:
         # Bytes are decoded within: what gRPC itself cannot decode it answers with Python's words.
         decode = GetMessageClass(method.input_type).FromString
         encode = GetMessageClass(method.output_type).SerializeToString
-        shape = Shape(method.input_type) if implementation is not None else None
-        prepare = getattr(servicer, "prepared", {}).get(method.name)
-        read = _reader(decode, shape, prepare)
-        audited = prepare is None
+        own: Read | None = getattr(servicer, "readers", {}).get(method.name)
+        shape = Shape(method.input_type) if implementation is not None and own is None else None
+        read = own or _reader(decode, shape)
+        audited = own is None
         implementation = implementation or _not_built(method)
         if method.server_streaming:
             return grpc.unary_stream_rpc_method_handler(
@@ -454,8 +452,8 @@ def _act(action: str, call: Call, address: str, request: Any, request_id: str) -
     )
 
 
-def _reader(decode: Decode, shape: Shape | None, prepare: Prepare | None) -> Read:
-    """From bytes to a request within its limits; with `prepare`, the same bytes are read once."""
+def _reader(decode: Decode, shape: Shape | None) -> Read:
+    """From bytes to a request within its limits."""
 
     def read(raw: bytes) -> Message:
         request = decode(raw)
@@ -463,18 +461,7 @@ def _reader(decode: Decode, shape: Shape | None, prepare: Prepare | None) -> Rea
             shape.check(request)
         return request
 
-    if prepare is None:
-        return read
-    known: BytesCache[bytes, object] = BytesCache(PREPARED_BYTES_MAX)
-
-    def recall(raw: bytes) -> object:
-        found = known.get(raw)
-        if found is None:
-            found = prepare(read(raw))
-            known.put(raw, found, 2 * len(raw) + 2048)  # the bytes, and what was made of them
-        return found
-
-    return recall
+    return read
 
 
 def _metadata(context: Context) -> tuple[str, str]:

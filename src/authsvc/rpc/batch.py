@@ -1,0 +1,159 @@
+"""Questions about tokens, alone and in batches: read once for the same bytes, answered in order."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+
+import structlog
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from authsvc.errors import AuthError, not_implemented
+from authsvc.model import SCOPE_VALIDATE
+from authsvc.rpc import status
+from authsvc.rpc.convert import Asked, VerdictEncoder
+from authsvc.rpc.limits import Shape, field_invalid
+from authsvc.rpc.pipeline import Call
+from authsvc.validate import Answer, ValidateToken
+from authsvc_client.core.cache import BytesCache
+from authsvc_client.core.reason import Reason as Verdicts
+from authsvc_client.core.state import State
+from authsvc_client.v1 import auth_pb2, error_reason_pb2
+
+ASKED_BYTES_MAX = 32 * 2**20
+ITEMS_MAX = 256
+TURN_ITEMS = 32
+"""After so many the event loop has its turn: each may ask for a signature check."""
+
+log = structlog.get_logger()
+
+
+class Questions:
+    """Reads requests: the same token is asked for again and again, in the same bytes."""
+
+    def __init__(self) -> None:
+        self._shape = Shape(auth_pb2.ValidateTokenRequest.DESCRIPTOR)
+        self._known: BytesCache[bytes, Asked] = BytesCache(ASKED_BYTES_MAX)
+
+    def one(self, raw: bytes) -> Asked:
+        """Raises AuthError FIELD_INVALID, NOT_IMPLEMENTED, and DecodeError."""
+        found = self._known.get(raw)
+        return found or self._read(raw, auth_pb2.ValidateTokenRequest.FromString(raw))
+
+    def many(self, raw: bytes) -> list[Asked | AuthError]:
+        """Each, or why it cannot be asked. Raises as `one` for what is wrong with the whole."""
+        batch = auth_pb2.BatchValidateTokensRequest.FromString(raw)
+        if len(UnknownFieldSet(batch)):
+            raise not_implemented("a field of a newer contract")
+        if not 0 < len(batch.requests) <= ITEMS_MAX:
+            raise field_invalid("requests", f"has not 1 to {ITEMS_MAX} items")
+        return [self._item(request) for request in batch.requests]
+
+    def _item(self, request: auth_pb2.ValidateTokenRequest) -> Asked | AuthError:
+        raw = request.SerializeToString()
+        found = self._known.get(raw)
+        if found is not None:
+            return found
+        try:
+            return self._read(raw, request)
+        except AuthError as error:
+            return error
+
+    def _read(self, raw: bytes, request: auth_pb2.ValidateTokenRequest) -> Asked:
+        self._shape.check(request)
+        asked = Asked(request)
+        self._known.put(raw, asked, 2 * len(raw) + 2048)  # the bytes, and what was made of them
+        return asked
+
+
+class Answers:
+    """Answers questions, many of them each as if it came alone: none waits for another."""
+
+    def __init__(
+        self,
+        validate: ValidateToken,
+        state: State,
+        encode: VerdictEncoder,
+        judged: Mapping[Verdicts, Callable[[], None]],
+    ) -> None:
+        """`judged` counts verdicts."""
+        self._validate = validate
+        self._state = state
+        self._encode = encode
+        self._judged = judged
+
+    async def many(self, questions: Sequence[Asked | AuthError], call: Call) -> bytes:
+        """A BatchValidateTokensResponse."""
+        results: list[bytes] = []
+        waiting: dict[int, Asked] = {}
+        for place, asked in enumerate(questions):
+            result = self._at_hand(asked, call)
+            if result is None and isinstance(asked, Asked):
+                waiting[place] = asked
+            results.append(result or b"")
+            if place % TURN_ITEMS == TURN_ITEMS - 1:
+                await asyncio.sleep(0)
+        if waiting:
+            later = (self._later(asked, call) for asked in waiting.values())
+            for place, result in zip(waiting, await asyncio.gather(*later), strict=True):
+                results[place] = result
+        return b"".join(results)
+
+    def _at_hand(self, asked: Asked | AuthError, call: Call) -> bytes | None:
+        if isinstance(asked, AuthError):
+            return _failed(asked)
+        if self._is_behind(asked):
+            return None
+        try:
+            question = asked.by(call.caller.audiences)
+            answer = self._validate.at_hand(asked.token, question, full=asked.full)
+        except Exception as error:
+            return _failed(error)
+        return self._answered(answer, asked) if answer is not None else None
+
+    async def _later(self, asked: Asked, call: Call) -> bytes:
+        try:
+            answer = await self.one(asked, call)
+        except Exception as error:
+            return _failed(error)
+        return self._answered(answer, asked)
+
+    async def one(self, asked: Asked, call: Call) -> Answer:
+        """The answer to one question. Raises AuthError and StateStale."""
+        if self._is_behind(asked):
+            await self._validate.catch_up(asked.at_least)
+            await call.require_caller(SCOPE_VALIDATE)  # what it may see, it may since then
+        question = asked.by(call.caller.audiences)
+        return await self._validate(asked.token, question, full=asked.full)
+
+    def _is_behind(self, asked: Asked) -> bool:
+        return asked.strong or asked.at_least > self._state.revision
+
+    def _answered(self, answer: Answer, asked: Asked) -> bytes:
+        self._judged[answer.verdict.reason]()
+        return _framed(_framed(self._encode(answer, asked.view)))
+
+
+def _failed(error: Exception) -> bytes:
+    """One item as an error, as the whole call would have told it."""
+    told, incident = status.public(error)
+    if incident:
+        log.error("rpc.incident", incident=incident, exc_info=error)
+    item = auth_pb2.ItemError(
+        code=told.rule.code.value,
+        reason=error_reason_pb2.ErrorReason.ValueType(told.reason),
+        message=status.text(told),
+    )
+    result = auth_pb2.BatchValidateTokensResult(error=item)
+    return _framed(result.SerializeToString())
+
+
+def _framed(message: bytes) -> bytes:
+    """A message as field 1 of another, in the wire format: a tag, a varint and the bytes.
+
+    Objects of each result would cost more than to judge the token.
+    """
+    length, prefix = len(message), bytearray((0x0A,))
+    while length > 0x7F:
+        prefix.append(length & 0x7F | 0x80)
+        length >>= 7
+    prefix.append(length)
+    return bytes(prefix) + message
