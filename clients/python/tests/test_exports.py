@@ -11,12 +11,12 @@ from authsvc_client import Reason, Verdict
 from authsvc_client.core import judge
 
 EXPORTS = """
-AuthsvcClient AuthsvcError Caller Certificates Claims Conflict DeadlineExceeded Internal
-InvalidRequest KeySet NotFound NotImplementedByServer Pace PermissionDenied Reason ReloadingChannel
-RemoteVerdict RequireInterceptor ResourceExhausted RuleRefused Step SyncAuthsvcClient
-SyncRequireInterceptor SyncTokenSource SyncValidator Token TokenPlan TokenSource TokenUnavailable
-Unauthenticated Unavailable Validator Verdict Violation bearer caller channel request_id
-sync_bearer sync_channel
+CLOSED REMOTE AuthsvcClient AuthsvcError Caller Certificates Claims Conflict Counts DeadlineExceeded
+Internal InvalidRequest KeySet LocalValidator NotFound NotImplementedByServer Pace PermissionDenied
+Reason ReloadingChannel RemoteVerdict RequireInterceptor ResourceExhausted RuleRefused Step
+SyncAuthsvcClient SyncLocalValidator SyncRequireInterceptor SyncTokenSource SyncValidator Token
+TokenPlan TokenSource TokenUnavailable Unauthenticated Unavailable Validator Verdict Violation
+WhenStale bearer caller channel open_for request_id sync_bearer sync_channel
 """
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
-    Row,
     Select,
     bindparam,
     func,
@@ -36,9 +35,8 @@ from authsvc.store.tables import BEAT, FEED, FEED_HEAD
 from authsvc_client.core.markers import (
     CUTOFF_KINDS,
     MARKER_LIFETIME_S,
-    Marker,
     MarkerKind,
-    marker_key,
+    read_marker,
 )
 from authsvc_client.core.state import REVISIONS_PER_EPOCH
 
@@ -307,7 +305,7 @@ class SqlFeed:
             nonce=first.head_nonce,
             time=float(first.time),
             markers=tuple(
-                _marker(row)
+                read_marker(row.kind, bytes(row.key), row.revision, row.until)
                 for row in sorted(
                     (r for r in rows if r.revision is not None and r.revision > cursor),
                     key=lambda r: int(r.revision),
@@ -381,12 +379,3 @@ class SqlFeed:
                 )
             )
             return await advance(self._db, connection, [change(MarkerKind.CUTOFF_EVERYTHING)])
-
-
-def _marker(row: Row[Any]) -> Marker:
-    try:
-        return Marker(MarkerKind(row.kind), bytes(row.key), row.revision, row.until)
-    except ValueError:
-        # Only a newer version writes it, and it may kill any token: so it kills them all.
-        kind = MarkerKind.CUTOFF_EVERYTHING
-        return Marker(kind, marker_key(kind), row.revision, row.until)

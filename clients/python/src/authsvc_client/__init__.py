@@ -26,23 +26,30 @@ from .interceptors import RequireInterceptor, Validator
 from .messages import KeySet, RemoteVerdict
 from .request_id import request_id
 from .rules import RuleRefused
+from .staleness import CLOSED, REMOTE, WhenStale, open_for
 from .sync_client import SyncAuthsvcClient
 from .sync_client_interceptors import sync_bearer
 from .sync_interceptors import SyncRequireInterceptor, SyncValidator
 from .sync_token_source import SyncTokenSource
+from .sync_validator import SyncLocalValidator
 from .token_source import Pace, Step, Token, TokenPlan, TokenSource
+from .validator import Counts, LocalValidator
 
 __all__ = [
+    "CLOSED",
+    "REMOTE",
     "AuthsvcClient",
     "AuthsvcError",
     "Caller",
     "Certificates",
     "Claims",
     "Conflict",
+    "Counts",
     "DeadlineExceeded",
     "Internal",
     "InvalidRequest",
     "KeySet",
+    "LocalValidator",
     "NotFound",
     "NotImplementedByServer",
     "Pace",
@@ -55,6 +62,7 @@ __all__ = [
     "RuleRefused",
     "Step",
     "SyncAuthsvcClient",
+    "SyncLocalValidator",
     "SyncRequireInterceptor",
     "SyncTokenSource",
     "SyncValidator",
@@ -67,9 +75,11 @@ __all__ = [
     "Validator",
     "Verdict",
     "Violation",
+    "WhenStale",
     "bearer",
     "caller",
     "channel",
+    "open_for",
     "request_id",
     "sync_bearer",
     "sync_channel",

@@ -20,6 +20,7 @@ from .core.step_up import StepUp
 from .errors import AuthsvcError, error_trailers
 from .identity import Caller
 from .rules import Rule, rules_of
+from .staleness import WhenStale
 
 AUTHORIZATION = "authorization"
 HEALTH = "grpc.health.v1.Health"
@@ -101,8 +102,8 @@ def shown(context: Any, now: Callable[[], float]) -> Shown | Refusal:
 
 
 def question(rule: Rule, found: Shown) -> dict[str, Any]:
-    """What a Validator is asked beside the token."""
-    return {
+    """What a Validator is asked beside the token; `when_stale` only where it was set."""
+    asked = {
         "audience": rule.audience,
         "scopes": rule.scopes,
         "thumbprint": found.thumbprint,
@@ -110,6 +111,7 @@ def question(rule: Rule, found: Shown) -> dict[str, Any]:
         "permissions": rule.permissions,
         "step_up": rule.step_up,
     }
+    return asked if rule.when_stale is None else asked | {"when_stale": rule.when_stale}
 
 
 def judged(verdict: Verdict, rule: Rule, token: str) -> Caller | Refusal:
@@ -209,12 +211,13 @@ class Guard:
         audience: str,
         services: Iterable[ServiceDescriptor],
         open_services: Iterable[str],
+        when_stale: Mapping[str, WhenStale],
     ) -> None:
         """`wrap` makes the behaviour of a method with a rule, `refuse` that of any other one."""
         if not audience:
             raise ValueError("audience: without one, tokens for other services would do")
         self._wrap, self._refuse = wrap, refuse
-        self._rules: Mapping[str, Rule] = rules_of(services, audience)
+        self._rules: Mapping[str, Rule] = rules_of(services, audience, when_stale)
         self._open = frozenset(open_services)
         self._wrapped: dict[str, tuple[Any, Any]] = {}
 

@@ -3,8 +3,9 @@
 import functools
 import inspect
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import aclosing
+from types import MappingProxyType
 from typing import Any, NoReturn, Protocol
 
 import grpc
@@ -27,12 +28,13 @@ from .core.step_up import StepUp
 from .identity import Caller, current
 from .request_id import begin
 from .rules import Rule
+from .staleness import WhenStale
 
 _log = logging.getLogger("authsvc_client")
 
 
 class Validator(Protocol):
-    """Judges tokens: AuthsvcClient does, by asking authsvc."""
+    """Judges tokens: LocalValidator in this process, AuthsvcClient by asking authsvc."""
 
     async def validate(
         self,
@@ -62,12 +64,14 @@ class RequireInterceptor(grpc.aio.ServerInterceptor):
         audience: str,
         services: Iterable[ServiceDescriptor],
         open_services: Iterable[str] = (HEALTH,),
+        when_stale: Mapping[str, WhenStale] = MappingProxyType({}),
         now: Callable[[], float] = clock.wall,
     ) -> None:
         """Raises RuleRefused unless every method of `services` has a rule that can be enforced.
 
         `audience` is the resource id of this server, for rules that name none. Services in
         `open_services` (reflection, say) ask for no token; any other one refuses all calls.
+        `when_stale` is for a LocalValidator, by method (`/package.Service/Method`) or by scope.
         """
         self._validator, self._now = validator, now
         self._guard = Guard(
@@ -76,6 +80,7 @@ class RequireInterceptor(grpc.aio.ServerInterceptor):
             audience=audience,
             services=services,
             open_services=open_services,
+            when_stale=when_stale,
         )
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:

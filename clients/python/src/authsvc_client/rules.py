@@ -2,12 +2,15 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
+from types import MappingProxyType
 
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from .core.step_up import NO_STEP_UP, StepUp, is_acr
+from .staleness import CLOSED, WhenStale
 from .v1.annotations_pb2 import Require, require
 
 SCOPES_MAX = 64
@@ -40,18 +43,39 @@ class Rule:
     public: bool
     permissions: frozenset[str] = frozenset()
     step_up: StepUp = NO_STEP_UP
+    when_stale: WhenStale | None = None
+    """None leaves it to the validator."""
 
 
-def rules_of(services: Iterable[ServiceDescriptor], audience: str) -> Mapping[str, Rule]:
+def rules_of(
+    services: Iterable[ServiceDescriptor],
+    audience: str,
+    when_stale: Mapping[str, WhenStale] = MappingProxyType({}),
+) -> Mapping[str, Rule]:
     """One rule for each method, by its path `/package.Service/Method`; raises RuleRefused.
 
-    `audience` is for the methods that name none.
+    `audience` is for the methods that name none, `when_stale` by path or by scope: a path goes
+    before scopes, and of several scopes the strictest counts.
     """
-    return {
+    rules = {
         f"/{service.full_name}/{method.name}": _rule_of(method, audience)
         for service in services
         for method in service.methods
     }
+    named = {*rules, *(scope for rule in rules.values() for scope in rule.scopes)}
+    for name in when_stale.keys() - named:
+        raise RuleRefused(name, "when_stale", "is neither the path of a method nor a scope of one")
+    return {path: _when_stale(path, rule, when_stale) for path, rule in rules.items()}
+
+
+def _when_stale(path: str, rule: Rule, found: Mapping[str, WhenStale]) -> Rule:
+    if path in found:
+        return replace(rule, when_stale=found[path])
+    if not rule.scopes & found.keys():
+        return rule
+    return replace(
+        rule, when_stale=reduce(WhenStale.stricter, (found.get(s, CLOSED) for s in rule.scopes))
+    )
 
 
 def _rule_of(method: MethodDescriptor, audience: str) -> Rule:

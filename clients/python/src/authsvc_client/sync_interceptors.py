@@ -3,7 +3,8 @@
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn, Protocol
 
 import grpc
@@ -26,6 +27,7 @@ from .core.step_up import StepUp
 from .identity import Caller, current
 from .request_id import begin
 from .rules import Rule
+from .staleness import WhenStale
 
 _log = logging.getLogger("authsvc_client")
 
@@ -62,6 +64,7 @@ class SyncRequireInterceptor(grpc.ServerInterceptor):
         audience: str,
         services: Iterable[ServiceDescriptor],
         open_services: Iterable[str] = (HEALTH,),
+        when_stale: Mapping[str, WhenStale] = MappingProxyType({}),
         now: Callable[[], float] = clock.wall,
     ) -> None:
         """Raises RuleRefused unless every method of `services` has a rule that can be enforced;
@@ -73,6 +76,7 @@ class SyncRequireInterceptor(grpc.ServerInterceptor):
             audience=audience,
             services=services,
             open_services=open_services,
+            when_stale=when_stale,
         )
 
     def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:

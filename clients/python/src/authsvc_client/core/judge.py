@@ -35,6 +35,8 @@ class Question:
     """Which authentication of its person is asked for."""
     permissions: frozenset[str] = frozenset()
     """Live permissions of its subject on the audience; the issuer alone judges them."""
+    open_s: float = 0.0
+    """Age of the state, in seconds, that will do whatever the bounds say."""
 
 
 @dataclass(slots=True)
@@ -148,14 +150,14 @@ class Judge:
         `known` is what the issuer found of a token that no signature tells it.
         """
         state = self.state
-        state.require_fresh(boot)
+        state.require_fresh(boot, (), question.open_s)
         now = state.now(boot)
         try:
             verified = known or self._find(token, question)
             claims = verified.claims
             require_entitled(question, claims.audiences)
             if state.staleness:
-                state.require_fresh(boot, claims.audiences)
+                state.require_fresh(boot, claims.audiences, question.open_s)
             self.require_alive(verified, now)
             require_audience(question, claims)
             require_proof(question, claims)

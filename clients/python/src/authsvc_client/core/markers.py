@@ -74,3 +74,14 @@ class Marker:
     revision: int
     until: float
     """Seconds since the epoch, by the database's clock; then no live token is touched by it."""
+
+
+def read_marker(kind: int, key: bytes, revision: int, until: float) -> Marker:
+    """A marker as it was stored or sent. One of a kind that only a newer version knows may kill
+    any token, so it kills them all.
+    """
+    try:
+        return Marker(MarkerKind(kind), key, revision, until)
+    except ValueError:
+        everything = MarkerKind.CUTOFF_EVERYTHING
+        return Marker(everything, marker_key(everything), revision, until)

@@ -117,13 +117,17 @@ class State:
         """Seconds since the head was confirmed; infinite before the first time."""
         return float("inf") if self.confirmed is None else boot - self.confirmed
 
-    def require_fresh(self, boot: float, audiences: tuple[str, ...] = ()) -> None:
-        """Raises StateStale past the bound, or past an audience's own lower one."""
+    def require_fresh(
+        self, boot: float, audiences: tuple[str, ...] = (), at_least_s: float = 0.0
+    ) -> None:
+        """Raises StateStale past the bound, or past an audience's own lower one; not below
+        `at_least_s`, which is the word of who judges for itself.
+        """
         age = self.age(boot)
         bound = self.staleness_max_s
         for audience in audiences:
             bound = min(bound, self.staleness.get(audience, bound))
-        if age > bound:
+        if age > max(bound, at_least_s):
             raise StateStale(age)
 
     def is_dead(self, key: bytes) -> bool:

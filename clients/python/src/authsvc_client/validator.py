@@ -1,0 +1,249 @@
+"""Tokens judged in this very process: microseconds each, and a revocation is seen in milliseconds.
+
+Keys and all that can kill a token come over one stream; what is not in there authsvc is asked.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from . import clock
+from .client import AuthsvcClient
+from .core.cache import BytesCache
+from .core.judge import ANY_AUDIENCE, Judge, Question, Verdict
+from .core.reason import Reason
+from .core.state import State, StateStale
+from .core.step_up import NO_STEP_UP, StepUp
+from .core.watched import Watched
+from .errors import Unavailable
+from .messages import RemoteVerdict
+from .staleness import CLOSED, WhenStale
+from .watcher import Watcher
+
+STALENESS_S = 120.0
+ASKING_MAX = 64
+"""Tokens that authsvc may be asked about at once because their key is not known here."""
+_QUESTIONS_BYTES, _QUESTION_BYTES = 2**22, 1024
+_SECRET_PREFIXES = ("asvc_at_", "asvc_ak_")
+"""Of opaque access tokens and API keys."""
+
+_log = logging.getLogger("authsvc_client")
+
+
+class Counts:
+    """How tokens were judged; read it for metrics."""
+
+    __slots__ = ("local", "opened", "refused", "remote")
+
+    def __init__(self) -> None:
+        self.local = 0
+        """In this process."""
+        self.remote = 0
+        """By asking authsvc."""
+        self.opened = 0
+        """Of the local ones, by a state older than allowed (WhenStale.open_s)."""
+        self.refused = 0
+        """Not at all: the state was too old."""
+
+
+class Local:
+    """What both validators do without waiting for anything."""
+
+    def __init__(
+        self,
+        issuer: str,
+        *,
+        staleness_max_s: float,
+        when_stale: WhenStale,
+        now: Callable[[], float],
+    ) -> None:
+        self.state = State(staleness_max_s)
+        self.counts = Counts()
+        self._judge = Judge(issuer, self.state)
+        self._when_stale, self._now = when_stale, now
+        self._questions: BytesCache[Any, Question] = BytesCache(_QUESTIONS_BYTES)
+        self._is_degraded = False
+        self.asking = 0
+        """Tokens that authsvc is being asked about."""
+
+    def age_s(self) -> float:
+        """Seconds since the state was confirmed; infinite before the first time."""
+        return self.state.age(self._now())
+
+    def at_hand(
+        self,
+        token: str,
+        audience: str,
+        scopes: frozenset[str],
+        thumbprint: str,
+        require_bound: bool,
+        step_up: StepUp,
+        when_stale: WhenStale | None,
+    ) -> Verdict | None:
+        """The verdict; None where authsvc has to be asked. Raises Unavailable."""
+        key = (audience, scopes, thumbprint, require_bound, step_up)
+        question = self._questions.get(key)
+        if question is None:
+            question = _question(*key)
+            self._questions.put(key, question, _QUESTION_BYTES)
+        boot = self._now()
+        try:
+            verdict = self._judge(token, question, boot)
+        except StateStale as stale:
+            return self._stale(token, question, boot, stale, when_stale or self._when_stale)
+        if self._is_degraded:
+            self._is_degraded = False
+            _log.info("tokens are judged by a confirmed state again")
+        if verdict.reason is Reason.TOKEN_KEY_UNKNOWN and self.asking < ASKING_MAX:
+            return None  # it may be signed by a key that was published a moment ago
+        self.counts.local += 1
+        return verdict
+
+    def asks(self) -> None:
+        """One token more is asked about; `asking` is one less when that is over."""
+        self.asking += 1
+        self.counts.remote += 1
+
+    def _stale(
+        self, token: str, question: Question, boot: float, stale: StateStale, then: WhenStale
+    ) -> Verdict | None:
+        if not self._is_degraded:
+            self._is_degraded = True
+            _log.warning(
+                "no confirmed state for %.1f s: tokens are judged as settings say", stale.age_s
+            )
+        if then.open_s:
+            try:
+                verdict = self._judge(token, replace(question, open_s=then.open_s), boot)
+            except StateStale:
+                pass
+            else:
+                self.counts.local += 1
+                self.counts.opened += 1
+                return verdict
+        if then.remote:
+            return None
+        self.counts.refused += 1
+        raise Unavailable(
+            f"the state was not confirmed for {stale.age_s:.1f} s",
+            code=grpc.StatusCode.UNAVAILABLE,
+            reason=Reason.STATE_STALE,
+        ) from stale
+
+
+def _question(
+    audience: str,
+    scopes: frozenset[str],
+    thumbprint: str,
+    require_bound: bool,
+    step_up: StepUp,
+) -> Question:
+    if not audience:
+        raise ValueError("audience: without one, tokens for other services would do")
+    return Question(frozenset({ANY_AUDIENCE}), audience, scopes, thumbprint, require_bound, step_up)
+
+
+def is_jwt(token: str) -> bool:
+    """Whether it may be one; opaque and encrypted tokens and API keys only authsvc can tell."""
+    return not token.startswith(_SECRET_PREFIXES) and token.count(".", 0, 16384) != 4
+
+
+class LocalValidator:
+    """A Validator that judges by itself.
+
+    It asks authsvc about opaque and encrypted tokens and API keys, about live permissions, and
+    where a token's key is not known here. Past `staleness_max_s` without a confirmation
+    `when_stale` decides. `async with` it, or `start` and `close`.
+    """
+
+    def __init__(
+        self,
+        client: AuthsvcClient,
+        *,
+        issuer: str,
+        staleness_max_s: float = STALENESS_S,
+        when_stale: WhenStale = CLOSED,
+        now: Callable[[], float] = clock.boot,
+    ) -> None:
+        """`client` is one with the scopes `watch` and `validate`; it is closed by its owner."""
+        self._client = client
+        self._local = Local(issuer, staleness_max_s=staleness_max_s, when_stale=when_stale, now=now)
+        self._watcher = Watcher(client.stub, Watched(self._local.state), now=now)
+
+    @property
+    def counts(self) -> Counts:
+        """How tokens were judged."""
+        return self._local.counts
+
+    @property
+    def revision(self) -> int:
+        """Of the last change that was applied."""
+        return self._local.state.revision
+
+    def age_s(self) -> float:
+        """Seconds since the state was confirmed; infinite before the first time."""
+        return self._local.age_s()
+
+    def start(self) -> None:
+        """Begins to watch, in the running loop."""
+        self._watcher.start()
+
+    async def ready(self, timeout_s: float = 10.0) -> None:
+        """Waits until tokens can be judged; TimeoutError where that takes too long."""
+        async with asyncio.timeout(timeout_s):
+            await self._watcher.confirmed()
+
+    async def validate(
+        self,
+        token: str,
+        *,
+        audience: str,
+        scopes: frozenset[str] = frozenset(),
+        thumbprint: str = "",
+        require_bound: bool = False,
+        permissions: frozenset[str] = frozenset(),
+        step_up: StepUp = NO_STEP_UP,
+        when_stale: WhenStale | None = None,
+    ) -> Verdict | RemoteVerdict:
+        """Raises Unavailable where the state is too old and AuthsvcError of a remote call."""
+        local = self._local
+        if not permissions and is_jwt(token):
+            verdict = local.at_hand(
+                token, audience, scopes, thumbprint, require_bound, step_up, when_stale
+            )
+            if verdict is not None:
+                return verdict
+        local.asks()
+        try:
+            return await self._client.validate(
+                token,
+                audience=audience,
+                scopes=scopes,
+                thumbprint=thumbprint,
+                require_bound=require_bound,
+                permissions=permissions,
+                step_up=step_up,
+            )
+        finally:
+            local.asking -= 1
+
+    async def close(self) -> None:
+        """Ends the stream."""
+        await self._watcher.stop()
+
+    async def __aenter__(self) -> Self:
+        self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> None:
+        await self.close()
