@@ -165,6 +165,8 @@ class FakeAuthService(AuthServiceServicer):
         self.refreshed: list[auth_pb2.RefreshTokenRequest] = []
         self.validated: list[auth_pb2.ValidateTokenRequest] = []
         self.revoked: list[auth_pb2.RevokeTokenRequest] = []
+        self.batches: list[int] = []
+        """How many tokens each held."""
         self.before: Answer | None = None
         """Runs before every answer; may abort."""
 
@@ -212,8 +214,13 @@ class FakeAuthService(AuthServiceServicer):
         response.max_age.FromSeconds(60)
         return response
 
-    def BatchValidateTokens(self, request: Any, context: Any) -> Any:
-        raise NotImplementedError
+    async def BatchValidateTokens(
+        self, request: auth_pb2.BatchValidateTokensRequest, context: Any
+    ) -> auth_pb2.BatchValidateTokensResponse:
+        self.batches.append(len(request.requests))
+        verdicts = [await self.ValidateToken(one, context) for one in request.requests]
+        results = [auth_pb2.BatchValidateTokensResult(verdict=verdict) for verdict in verdicts]
+        return auth_pb2.BatchValidateTokensResponse(results=results)
 
     async def RefreshToken(
         self, request: auth_pb2.RefreshTokenRequest, context: Any

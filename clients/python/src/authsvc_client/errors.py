@@ -57,6 +57,12 @@ class AuthsvcError(Exception):
         text = f"{self.reason_name or self.code.name}: {self.message}"
         return f"{text} (request {self.request_id})" if self.request_id else text
 
+    @staticmethod
+    def of_item(code: int, reason: int, message: str) -> "AuthsvcError":
+        """Of one item of many (ItemError)."""
+        status = _CODES.get(code, grpc.StatusCode.UNKNOWN)
+        return _KINDS.get(status, AuthsvcError)(message, code=status, reason=reason_of(reason))
+
     @classmethod
     def from_rpc_error(cls, error: grpc.RpcError) -> "AuthsvcError":
         """The typed error of a failed call; also of one that is not authsvc's."""
@@ -143,6 +149,9 @@ _KINDS: Mapping[grpc.StatusCode, type[AuthsvcError]] = {
     grpc.StatusCode.UNKNOWN: Internal,
     grpc.StatusCode.DATA_LOSS: Internal,
 }
+
+
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 def _rebuild(error: Any) -> AuthsvcError:

@@ -3,17 +3,22 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from .core.claims import Claims
 from .core.reason import Reason
 from .core.step_up import NO_STEP_UP, StepUp
-from .errors import reason_of
+from .errors import AuthsvcError, DeadlineExceeded, Internal, reason_of
 from .token_source import Token
 from .v1 import auth_pb2
 
 ACCESS_TOKEN_TYPE = "urn:ietf:params:oauth:token-type:access_token"  # noqa: S105 - no password
 REFRESH_TOKEN_TYPE = "urn:ietf:params:oauth:token-type:refresh_token"  # noqa: S105
+
+
+_SECRET_PREFIXES = ("asvc_at_", "asvc_ak_")
+"""Of opaque access tokens and API keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +132,11 @@ def validate(
     return request
 
 
+def is_jwt(token: str) -> bool:
+    """Whether it may be one; opaque and encrypted tokens and API keys only authsvc can tell."""
+    return not token.startswith(_SECRET_PREFIXES) and token.count(".", 0, 16384) != 4
+
+
 def revoke(token: str, client_id: str, client_secret: str | None) -> auth_pb2.RevokeTokenRequest:
     return auth_pb2.RevokeTokenRequest(
         token=token, client_id=client_id, client_credential=_credential(client_secret)
@@ -178,6 +188,26 @@ def verdict_of(response: auth_pb2.ValidateTokenResponse) -> RemoteVerdict:
         permissions=frozenset(response.permissions),
         www_authenticate=response.step_up_challenge.www_authenticate,
     )
+
+
+Result = auth_pb2.ValidateTokenResponse | AuthsvcError
+
+
+def results_of(response: auth_pb2.BatchValidateTokensResponse, asked: int) -> list[Result]:
+    """Answers in the order of the questions; raises AuthsvcError where they are not as many."""
+    if len(response.results) != asked:
+        raise Internal("not as many answers as questions", code=grpc.StatusCode.INTERNAL)
+    return [
+        AuthsvcError.of_item(result.error.code, result.error.reason, result.error.message)
+        if result.HasField("error")
+        else result.verdict
+        for result in response.results
+    ]
+
+
+def waited_too_long(timeout_s: float) -> DeadlineExceeded:
+    """For a question that found no place in a call in time."""
+    return DeadlineExceeded(f"no answer in {timeout_s:g} s", code=grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
 def _claims(claims: auth_pb2.TokenClaims) -> Claims:

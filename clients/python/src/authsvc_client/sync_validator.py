@@ -9,11 +9,11 @@ from . import clock
 from .core.judge import Verdict
 from .core.step_up import NO_STEP_UP, StepUp
 from .core.watched import Watched
-from .messages import RemoteVerdict
+from .messages import RemoteVerdict, is_jwt
 from .staleness import CLOSED, WhenStale
 from .sync_client import SyncAuthsvcClient
 from .sync_watcher import SyncWatcher
-from .validator import STALENESS_S, Counts, Local, is_jwt
+from .validator import STALENESS_S, Counts, Local
 
 
 class SyncLocalValidator:

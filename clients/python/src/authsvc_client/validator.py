@@ -21,7 +21,7 @@ from .core.state import State, StateStale
 from .core.step_up import NO_STEP_UP, StepUp
 from .core.watched import Watched
 from .errors import Unavailable
-from .messages import RemoteVerdict
+from .messages import RemoteVerdict, is_jwt
 from .staleness import CLOSED, WhenStale
 from .watcher import Watcher
 
@@ -29,8 +29,7 @@ STALENESS_S = 120.0
 ASKING_MAX = 64
 """Tokens that authsvc may be asked about at once because their key is not known here."""
 _QUESTIONS_BYTES, _QUESTION_BYTES = 2**22, 1024
-_SECRET_PREFIXES = ("asvc_at_", "asvc_ak_")
-"""Of opaque access tokens and API keys."""
+
 
 _log = logging.getLogger("authsvc_client")
 
@@ -146,11 +145,6 @@ def _question(
     if not audience:
         raise ValueError("audience: without one, tokens for other services would do")
     return Question(frozenset({ANY_AUDIENCE}), audience, scopes, thumbprint, require_bound, step_up)
-
-
-def is_jwt(token: str) -> bool:
-    """Whether it may be one; opaque and encrypted tokens and API keys only authsvc can tell."""
-    return not token.startswith(_SECRET_PREFIXES) and token.count(".", 0, 16384) != 4
 
 
 class LocalValidator:
