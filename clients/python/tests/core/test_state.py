@@ -51,6 +51,10 @@ def test_of_two_equal_marks_the_later_end_counts(ends: tuple[int, int]) -> None:
     state.confirm(BOOT + 499, NOW + 499)
     assert state.is_dead(DEAD)
     assert state.cutoff((marker_key(MarkerKind.CUTOFF_CLIENT, "shop"),)) == REVISION + 1
+    state.confirm(BOOT + 9000, NOW + 9000)  # both ends at once
+    assert not state.is_dead(DEAD)
+    assert not state._dead
+    assert not state._marked
 
 
 def test_a_cutoff_of_everything_is_kept_for_good_whatever_its_key() -> None:

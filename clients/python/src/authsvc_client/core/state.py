@@ -8,7 +8,7 @@ from .jws import KeyRefused, Verifier
 from .markers import CUTOFF_KINDS, DEAD_KINDS, Marker, MarkerKind
 
 REVISIONS_PER_EPOCH = 2**32
-_SWEEP_S = 60
+_SWEEP_S = 10
 
 
 class StateStale(Exception):
@@ -40,9 +40,9 @@ class State:
         "_cutoffs",
         "_dead",
         "_floor",
+        "_marked",
         "_offset",
         "_swept",
-        "_untils",
         "confirmed",
         "everything",
         "keys",
@@ -62,7 +62,9 @@ class State:
         """Boot-time clock at the start of the read that confirmed the head; None: never."""
         self._dead: dict[bytes, float] = {}
         self._cutoffs: dict[bytes, tuple[int, float]] = {}
-        self._untils: dict[float, float] = {}
+        self._marked: dict[float, tuple[float, list[bytes]]] = {}
+        """By the second in which they run out: a sweep looks at nothing else, and each second is
+        one object however many marks run out in it."""
         self._offset = -math.inf
         self._floor = 0.0
         self._behind = 0.0
@@ -72,11 +74,16 @@ class State:
         """Takes in changes and moves to `revision`, never back within an epoch."""
         for marker in markers:
             if marker.kind in DEAD_KINDS:
-                until = float(math.ceil(max(marker.until, self._dead.get(marker.key, 0.0))))
-                self._dead[marker.key] = self._untils.setdefault(until, until)
+                self._mark_dead(marker.key, float(math.ceil(marker.until)))
             elif marker.kind in CUTOFF_KINDS:
                 self._cut_off(marker)
         self.revision = max(revision, self.revision)
+
+    def _mark_dead(self, key: bytes, until: float) -> None:
+        if until > self._dead.get(key, 0.0):
+            second, keys = self._marked.setdefault(until, (until, []))
+            self._dead[key] = second
+            keys.append(key)
 
     def _cut_off(self, marker: Marker) -> None:
         if marker.kind == MarkerKind.CUTOFF_EVERYTHING:
@@ -98,8 +105,10 @@ class State:
             self._sweep(now - self._behind)
 
     def _sweep(self, now: float) -> None:
-        self._untils = {}
-        self._dead = {key: until for key, until in self._dead.items() if until > now}
+        for until in [until for until in self._marked if until <= now]:
+            for key in self._marked.pop(until)[1]:
+                if self._dead.get(key, math.inf) <= now:  # else it was marked again
+                    del self._dead[key]
         self._cutoffs = {key: cut for key, cut in self._cutoffs.items() if cut[1] > now}
 
     def now(self, boot: float) -> float:
