@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from authsvc.errors import AuthError, Reason
-from authsvc.rpc.batch import ITEMS_MAX
+from authsvc.rpc.answers import ITEMS_MAX
 from authsvc.store.port import Store, StoredToken, TokenStore
 from authsvc_client.core.judge import Judge
 from authsvc_client.v1 import auth_pb2, error_reason_pb2, resources_pb2

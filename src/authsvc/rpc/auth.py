@@ -17,12 +17,11 @@ from authsvc.refresh import RefreshRequest, RefreshToken
 from authsvc.register import RegisterClient
 from authsvc.revoke import Revocation, RevokeToken
 from authsvc.rpc import convert, registered
-from authsvc.rpc.batch import Answers, Questions
+from authsvc.rpc.answers import Batch, Judged, Questions
 from authsvc.rpc.limits import field_invalid
 from authsvc.rpc.pipeline import Call, Read
 from authsvc.telemetry import Metrics
 from authsvc.validate import ValidateToken
-from authsvc_client.core.reason import Reason as Verdicts
 from authsvc_client.core.state import State
 from authsvc_client.v1 import auth_pb2
 
@@ -58,9 +57,8 @@ class AuthServicer:
         self._state = state
         self._client_pb = client_pb
         self._keys_max_age_s = keys_max_age_s
-        self._encode = convert.VerdictEncoder()
-        self._judged = {reason: metrics.verdicts.labels(reason.name).inc for reason in Verdicts}
-        self._answers = Answers(validate, state, self._encode, self._judged)
+        self._judged = Judged(validate, state, metrics)
+        self._batch = Batch(self._judged)
         questions = Questions()
         self.readers: Mapping[str, Read] = {
             "ValidateToken": questions.one,
@@ -111,15 +109,13 @@ class AuthServicer:
 
     async def ValidateToken(self, asked: convert.Asked, call: Call) -> bytes:
         """Warm: no database, no signature check."""
-        answer = await self._answers.one(asked, call)
-        self._judged[answer.verdict.reason]()
-        return self._encode(answer, asked.view)
+        return await self._judged(asked, call)
 
     async def BatchValidateTokens(
         self, questions: Sequence[convert.Asked | AuthError], call: Call
     ) -> bytes:
         """Answers in order; what is wrong with one item fails it alone."""
-        return await self._answers.many(questions, call)
+        return await self._batch(questions, call)
 
     async def RevokeToken(
         self, request: auth_pb2.RevokeTokenRequest, call: Call

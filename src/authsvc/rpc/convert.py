@@ -150,7 +150,7 @@ def issued_pb(answer: TokenAnswer) -> auth_pb2.IssuedToken:
 class Asked:
     """What a ValidateTokenRequest asks, whoever sends it: made once for the same bytes."""
 
-    __slots__ = ("_question", "at_least", "full", "strong", "token", "view")
+    __slots__ = ("_question", "at_least", "full", "request", "strong", "token", "view")
 
     def __init__(self, request: auth_pb2.ValidateTokenRequest) -> None:
         """Raises AuthError NOT_IMPLEMENTED for what is not judged yet."""
@@ -166,6 +166,7 @@ class Asked:
             if request.presenter.HasField("dpop"):
                 raise not_implemented("presenter dpop")
             thumbprint = request.presenter.certificate_thumbprint
+        self.request = request
         self.token = request.token
         self.view = request.view
         self.full = request.view == auth_pb2.TOKEN_VIEW_FULL
@@ -180,6 +181,10 @@ class Asked:
             StepUp(acr_values, max_age_s) if acr_values or max_age_s is not None else NO_STEP_UP,
             frozenset(request.required_permissions),
         )
+
+    def is_beyond(self, revision: int) -> bool:
+        """Whether a state of this revision is not fresh enough to answer."""
+        return self.strong or self.at_least > revision
 
     def by(self, audiences: frozenset[str]) -> Question:
         """The question of an asker who may validate for these audiences."""

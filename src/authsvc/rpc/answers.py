@@ -1,7 +1,8 @@
 """Questions about tokens, alone and in batches: read once for the same bytes, answered in order."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import structlog
 from google.protobuf.unknown_fields import UnknownFieldSet
@@ -12,6 +13,7 @@ from authsvc.rpc import status
 from authsvc.rpc.convert import Asked, VerdictEncoder
 from authsvc.rpc.limits import Shape, field_invalid
 from authsvc.rpc.pipeline import Call
+from authsvc.telemetry import Metrics
 from authsvc.validate import Answer, ValidateToken
 from authsvc_client.core.cache import BytesCache
 from authsvc_client.core.reason import Reason as Verdicts
@@ -64,23 +66,53 @@ class Questions:
         return asked
 
 
-class Answers:
-    """Answers questions, many of them each as if it came alone: none waits for another."""
+class Source(Protocol):
+    """Whoever has answers: verdicts as bytes of ValidateTokenResponse."""
 
-    def __init__(
-        self,
-        validate: ValidateToken,
-        state: State,
-        encode: VerdictEncoder,
-        judged: Mapping[Verdicts, Callable[[], None]],
-    ) -> None:
-        """`judged` counts verdicts."""
+    def at_hand(self, asked: Asked, call: Call) -> bytes | None:
+        """None where something has to be waited for. Raises AuthError and StateStale."""
+
+    async def __call__(self, asked: Asked, call: Call) -> bytes:
+        """Raises AuthError and StateStale."""
+
+
+class Judged:
+    """Answers of authsvc itself."""
+
+    def __init__(self, validate: ValidateToken, state: State, metrics: Metrics) -> None:
         self._validate = validate
         self._state = state
-        self._encode = encode
-        self._judged = judged
+        self._encode = VerdictEncoder()
+        self._count = {reason: metrics.verdicts.labels(reason.name).inc for reason in Verdicts}
 
-    async def many(self, questions: Sequence[Asked | AuthError], call: Call) -> bytes:
+    def at_hand(self, asked: Asked, call: Call) -> bytes | None:
+        """See Source."""
+        if asked.is_beyond(self._state.revision):
+            return None
+        question = asked.by(call.caller.audiences)
+        answer = self._validate.at_hand(asked.token, question, full=asked.full)
+        return self._told(answer, asked) if answer is not None else None
+
+    async def __call__(self, asked: Asked, call: Call) -> bytes:
+        """See Source. Warm: no database, no signature check."""
+        if asked.is_beyond(self._state.revision):
+            await self._validate.catch_up(asked.at_least)
+            await call.require_caller(SCOPE_VALIDATE)  # what it may see, it may since then
+        question = asked.by(call.caller.audiences)
+        return self._told(await self._validate(asked.token, question, full=asked.full), asked)
+
+    def _told(self, answer: Answer, asked: Asked) -> bytes:
+        self._count[answer.verdict.reason]()
+        return self._encode(answer, asked.view)
+
+
+class Batch:
+    """Answers many questions, each as if it came alone: what one waits for holds up no other."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    async def __call__(self, questions: Sequence[Asked | AuthError], call: Call) -> bytes:
         """A BatchValidateTokensResponse."""
         results: list[bytes] = []
         waiting: dict[int, Asked] = {}
@@ -100,36 +132,18 @@ class Answers:
     def _at_hand(self, asked: Asked | AuthError, call: Call) -> bytes | None:
         if isinstance(asked, AuthError):
             return _failed(asked)
-        if self._is_behind(asked):
-            return None
         try:
-            question = asked.by(call.caller.audiences)
-            answer = self._validate.at_hand(asked.token, question, full=asked.full)
+            found = self._source.at_hand(asked, call)
         except Exception as error:
             return _failed(error)
-        return self._answered(answer, asked) if answer is not None else None
+        return _framed(_framed(found)) if found is not None else None
 
     async def _later(self, asked: Asked, call: Call) -> bytes:
         try:
-            answer = await self.one(asked, call)
+            found = await self._source(asked, call)
         except Exception as error:
             return _failed(error)
-        return self._answered(answer, asked)
-
-    async def one(self, asked: Asked, call: Call) -> Answer:
-        """The answer to one question. Raises AuthError and StateStale."""
-        if self._is_behind(asked):
-            await self._validate.catch_up(asked.at_least)
-            await call.require_caller(SCOPE_VALIDATE)  # what it may see, it may since then
-        question = asked.by(call.caller.audiences)
-        return await self._validate(asked.token, question, full=asked.full)
-
-    def _is_behind(self, asked: Asked) -> bool:
-        return asked.strong or asked.at_least > self._state.revision
-
-    def _answered(self, answer: Answer, asked: Asked) -> bytes:
-        self._judged[answer.verdict.reason]()
-        return _framed(_framed(self._encode(answer, asked.view)))
+        return _framed(_framed(found))
 
 
 def _failed(error: Exception) -> bytes:
