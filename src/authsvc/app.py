@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import structlog
 from pydantic import SecretStr
@@ -706,13 +707,20 @@ async def fence(settings: Settings, *, comment: str, dry: bool) -> Fence:
         await database.close()
 
 
+class Stops(Protocol):
+    """A server that was started."""
+
+    async def stop(self) -> None:
+        """Ends it well."""
+
+
 def settle() -> None:
     """Spares every later garbage collection what lives as long as the process."""
     gc.collect()
     gc.freeze()
 
 
-async def serve(app: App, ready: Callable[[], None] | None = None) -> None:
+async def serve(app: Stops, ready: Callable[[], None] | None = None) -> None:
     """Runs until SIGTERM or SIGINT; calls `ready` once these end it well."""
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()

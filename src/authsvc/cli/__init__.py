@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from authsvc.cli import (
+    agent,
     api_keys,
     apply,
     audit,
@@ -48,6 +49,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 serve.register(app)
+agent.register(app)
 doctor.register(app)
 fence.register(app)
 pki.register(app)

@@ -158,7 +158,7 @@ def connected(
 ) -> Iterator[Session]:
     """A channel with mTLS by the options of a command."""
     with reporting(as_json) as out:
-        files = _files(as_, cert, key, ca, state_dir)
+        files = files_of(as_, cert, key, ca, state_dir)
         from authsvc.clock import SystemClock
         from authsvc_client import Certificates, sync_channel
 
@@ -210,7 +210,7 @@ def carefully(
     tell(session.call(method, request), False)
 
 
-def _files(
+def files_of(
     name: str, cert: Path | None, key: Path | None, ca: Path | None, state_dir: Path | None
 ) -> tuple[Path, Path, Path]:
     """CA, certificate and key."""

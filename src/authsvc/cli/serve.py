@@ -142,12 +142,12 @@ def serve(
             "workers": workers,
         }
         settings = settings_of(config, **flags)
-        with _there_while(ready_file):
+        with there_while(ready_file):
             asyncio.run(_serve(out, settings, flags, ready_file))
 
 
 @contextmanager
-def _there_while(ready_file: Path | None) -> Iterator[None]:
+def there_while(ready_file: Path | None) -> Iterator[None]:
     """A server that was killed may have left the file; nobody shall take it for this one's."""
     try:
         if ready_file is not None:
@@ -183,7 +183,7 @@ async def _serve(
             made = [name for name in _made(settings) if name not in before]
             _banner(out, settings, server, made)
         if ready_file is not None:
-            _write(ready_file, json.dumps(where, indent=2) + "\n")
+            write(ready_file, json.dumps(where, indent=2) + "\n")
 
     if count == 1:
         app = await open_app(settings)
@@ -253,7 +253,7 @@ def _reachable(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - not bound here
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
     """At once: who reads it reads the whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")

@@ -30,7 +30,7 @@ from authsvc.model import NOBODY, SCOPE_ADMIN, Caller, Peer
 from authsvc.rpc import status
 from authsvc.rpc.limits import Shape
 from authsvc.rpc.peer import AuthContext
-from authsvc.rpc.policy import Policy, Rule, rule_of
+from authsvc.rpc.policy import Callers, Rule, rule_of
 from authsvc.rpc.rates import Limit, Rates
 from authsvc.rpc.timelimit import TimeLimit
 from authsvc.telemetry import Metrics, log_about
@@ -57,7 +57,7 @@ class Call:
     """This machine's clock, in seconds: certificates are judged by it."""
     admitted: Caller | None
     """Of a public method once it was asked for."""
-    _policy: Policy
+    _policy: Callers
     _context: Context
     method: str = ""
     """Its full name."""
@@ -133,7 +133,7 @@ class Pipeline:
     def __init__(
         self,
         peers: Peers,
-        policy: Policy,
+        policy: Callers,
         refused: Callable[[Reason], Awaitable[None]],
         metrics: Metrics,
         clock: Clock,

@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from google.protobuf.descriptor import MethodDescriptor
 
@@ -50,6 +51,19 @@ def rule_of(method: MethodDescriptor) -> Rule:
     if names not in ({"public"}, {"scopes"}):
         raise ValueError(f"{method.full_name}: cannot enforce {sorted(names)}")
     return Rule(rule.public, frozenset(rule.scopes))
+
+
+class Callers(Protocol):
+    """Says who calls."""
+
+    async def __call__(self, rule: Rule, peer: Peer, authorization: str, now: float) -> Caller:
+        """The caller, who may. Raises AuthError."""
+
+    async def find(self, peer: Peer, authorization: str, now: float) -> Caller | None:
+        """The caller, or None for a peer that is nobody yet."""
+
+    def is_taken(self, name: str, peer: Peer, now: float) -> bool:
+        """Whether another is known by this name in a peer's certificate."""
 
 
 class Policy:

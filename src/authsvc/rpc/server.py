@@ -93,7 +93,8 @@ class Listener:
     """Where calls come in, and what they pass through."""
 
     address: str
-    credentials: grpc.ServerCredentials
+    credentials: grpc.ServerCredentials | None
+    """None for a Unix socket."""
     pipeline: Pipeline
 
 
@@ -139,16 +140,18 @@ class RpcServer:
             if reflect:
                 reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
 
-    async def start(self, health_address: str) -> tuple[list[int], int]:
+    async def start(self, health_address: str = "") -> tuple[list[int], int]:
         """Listens, and answers the ports of the listeners and of health.
 
         Raises RuntimeError where an address is taken.
         """
         ports = [
             server.add_secure_port(listener.address, listener.credentials)
+            if listener.credentials is not None
+            else server.add_insecure_port(listener.address)
             for server, listener in zip(self._servers, self._listeners, strict=True)
         ]
-        health_port = self._plain.add_insecure_port(health_address)
+        health_port = self._plain.add_insecure_port(health_address) if health_address else 0
         self._ports, self._health_port = ports, health_port
         await self._set_health(self._is_fresh())
         for server in (self._plain, *self._servers):

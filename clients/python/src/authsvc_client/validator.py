@@ -90,6 +90,12 @@ class Local:
         if question is None:
             question = _question(*key)
             self._questions.put(key, question, _QUESTION_BYTES)
+        return self.judge(token, question, when_stale)
+
+    def judge(
+        self, token: str, question: Question, when_stale: WhenStale | None = None
+    ) -> Verdict | None:
+        """As `at_hand`."""
         boot = self._now()
         try:
             verdict = self._judge(token, question, boot)
