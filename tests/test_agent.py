@@ -17,15 +17,18 @@ from typing import Any
 
 import grpc
 import pytest
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from authsvc.agent import Agent, AgentError, Place, Upstream
 from authsvc_client import CLOSED, REMOTE, open_for
 from authsvc_client.clock import boot, wall
 from authsvc_client.v1 import auth_pb2, error_reason_pb2, resources_pb2
 from authsvc_client.v1.auth_pb2_grpc import AuthServiceStub
+from tests import certs
 from tests.harness import (
     CA,
     ISSUER,
+    SPAN,
     TIMEOUT_S,
     Member,
     Running,
@@ -34,6 +37,7 @@ from tests.harness import (
     failure,
     reason,
     running,
+    spiffe,
     thumbprint,
     until,
 )
@@ -105,7 +109,10 @@ class Scene:
 async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
     (tmp_path / "server").mkdir()
     async with running(tmp_path / "server") as server:
-        beside = await server.member("beside", "validate", "watch")
+        # By TCP it is a server as well.
+        usages = (*certs.CLIENT, ExtendedKeyUsageOID.SERVER_AUTH)
+        who = certs.leaf(CA, uris=[spiffe("beside")], dns=["localhost"], span=SPAN, extended=usages)
+        beside = await server.member("beside", "validate", "watch", who=who)
         await server.resource(API, "read", owner=beside.client_id)
         form = resources_pb2.TOKEN_FORMAT_OPAQUE
         await server.resource(OPAQUE, "open", owner=beside.client_id, token_format=form)
@@ -283,7 +290,10 @@ async def test_command_serves_until_it_is_told_to_end(scene: Scene) -> None:
     arguments += ["--address", upstream.address, "--ca", str(upstream.ca)]
     arguments += ["--cert", str(upstream.certificate), "--key", str(upstream.key)]
     process = subprocess.Popen(  # noqa: ASYNC220 - it only starts
-        [sys.executable, "-m", "authsvc", "agent", *arguments], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "authsvc", "agent", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     try:
         await until(lambda: ready.exists() or process.poll() is not None)
@@ -291,7 +301,7 @@ async def test_command_serves_until_it_is_told_to_end(scene: Scene) -> None:
         async with calling(scene.place()) as stub:
             assert (await stub.ValidateToken(scene.asked(await scene.token()))).active
         process.send_signal(signal.SIGTERM)
-        _, told = await asyncio.to_thread(process.communicate, timeout=TIMEOUT_S)
+        told, _ = await asyncio.to_thread(process.communicate, timeout=TIMEOUT_S)
         assert process.returncode == 0, told
         assert "agent answers on unix:" in told
         assert not ready.exists()
