@@ -19,7 +19,7 @@ from .v1 import auth_pb2
 
 SILENT_S_MAX = 5.0
 """A heartbeat is due every second: whoever is silent for longer is gone."""
-PAUSE_S_MIN, PAUSE_S_MAX = 0.1, 5.0
+PAUSE_S_MIN, PAUSE_S_MAX = 0.1, 2.0
 
 _log = logging.getLogger("authsvc_client")
 
