@@ -169,6 +169,9 @@ class FakeAuthService(AuthServiceServicer):
         """How many tokens each held."""
         self.before: Answer | None = None
         """Runs before every answer; may abort."""
+        self.token_of: Callable[[int], str] = lambda number: f"t{number}"
+        self.keys: list[auth_pb2.Jwk] = []
+        """What watchers are told."""
 
     async def _answer(self, request: Any, context: Any) -> None:
         if self.before is not None:
@@ -181,7 +184,7 @@ class FakeAuthService(AuthServiceServicer):
         await self._answer(request, context)
         number = len(self.issued)
         response = auth_pb2.IssueTokenResponse()
-        response.token.access_token = f"t{number}"
+        response.token.access_token = self.token_of(number)
         response.token.jti = f"j{number}"
         response.token.scopes.extend(request.scopes)
         response.token.audiences.extend(request.resources)
@@ -238,8 +241,16 @@ class FakeAuthService(AuthServiceServicer):
     def RegisterClient(self, request: Any, context: Any) -> Any:
         raise NotImplementedError
 
-    def WatchChanges(self, request: Any, context: Any) -> Any:
-        raise NotImplementedError
+    async def WatchChanges(
+        self, request: auth_pb2.WatchChangesRequest, context: Any
+    ) -> AsyncIterator[auth_pb2.WatchChangesResponse]:
+        chunk = auth_pb2.SnapshotChunk(revision=2**32, keys=self.keys, last=True)
+        yield auth_pb2.WatchChangesResponse(snapshot=chunk)
+        while True:
+            beat = auth_pb2.Heartbeat(revision=2**32)
+            beat.database_time.GetCurrentTime()
+            yield auth_pb2.WatchChangesResponse(heartbeat=beat)
+            await asyncio.sleep(0.5)
 
 
 @dataclass
