@@ -39,6 +39,8 @@ UNREADY_MAX = 3
 """Deaths of one worker before it served, in a row, that end everything."""
 BACKOFF_S, BACKOFF_S_MAX = 0.1, 5.0
 SCRAPE_S_MAX = 2.0
+REST_S = 1.0
+"""Between two replacements: who was turned away by one worker shall not meet the next one's end."""
 
 log = structlog.get_logger()
 
@@ -299,6 +301,7 @@ class Supervisor:
             new.wanted = True
             await self._retire(old)
             self._changed()
+            await asyncio.sleep(REST_S)
         log.info("supervisor.reloaded")
         if self._again:
             self._again = False
