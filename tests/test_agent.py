@@ -241,6 +241,15 @@ async def test_it_tells_of_its_audiences_alone(scene: Scene) -> None:
     ):
         verdict = await stub.ValidateToken(scene.asked(token))
         assert verdict == auth_pb2.ValidateTokenResponse()
+    # What authsvc has to tell, it may tell to the agent, and the agent to nobody.
+    opaque = await scene.token(OPAQUE)
+    async with (
+        scene.agent(audiences=frozenset({API})),
+        calling(scene.place()) as stub,
+    ):
+        for more in ({}, {"audience": OPAQUE}):
+            verdict = await stub.ValidateToken(scene.asked(opaque, **more))
+            assert verdict == auth_pb2.ValidateTokenResponse()
 
 
 async def test_socket_is_for_its_user_or_a_group(scene: Scene) -> None:

@@ -188,6 +188,11 @@ async def test_audience_is_required(scene: Scene) -> None:
     async with scene.validator() as local:
         with pytest.raises(ValueError, match="audience"):
             await local.validate(await scene.token(), audience="")
+        with pytest.raises(ValueError, match="audience"):
+            await local.validate(await scene.token(OPAQUE), audience="")
+        for bound in (4.0, 601.0):
+            with pytest.raises(ValueError, match="staleness_max_s"):
+                LocalValidator(local._client, issuer=ISSUER, staleness_max_s=bound)
 
 
 async def _every_revocation(scene: Scene, token: str) -> None:

@@ -25,7 +25,7 @@ from pydantic_settings import (
 
 from authsvc.model import AuthMethod, GrantType
 from authsvc.oauth.spiffe import check_trust_domain, parse, parse_workload
-from authsvc_client.core.markers import STALENESS_S_MAX
+from authsvc_client.core.markers import STALENESS_S_MAX, STALENESS_S_MIN
 
 _FILE_SUFFIX = "_FILE"
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -302,7 +302,7 @@ class Settings(BaseSettings):
     )
     staleness_max_s: float = Field(
         120.0,
-        ge=5,
+        ge=STALENESS_S_MIN,
         le=STALENESS_S_MAX,
         description="longest age of a confirmed state to judge by, seconds",
     )

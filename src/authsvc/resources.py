@@ -9,10 +9,10 @@ from authsvc.model import OWN_SCOPES, Resource, TokenFormat
 from authsvc.oauth.resources import is_resource_id
 from authsvc.oauth.scopes import is_scope
 from authsvc.store.port import ResourceStore
+from authsvc_client.core.markers import STALENESS_S_MIN
 
 TOKEN_LIFETIME_S_MIN = 60
 TOKEN_LIFETIME_S_MAX = 3600
-STALENESS_S_MIN = 5
 
 EDITABLE = {
     "display_name": "display_name",

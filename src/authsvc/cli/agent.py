@@ -3,13 +3,27 @@
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from authsvc.cli.calls import ADDRESS, files_of, span
+from authsvc.cli.calls import (
+    ADDRESS,
+    As,
+    Ca,
+    Cert,
+    Key,
+    ServerName,
+    StateDir,
+    files_of,
+    read_certificates,
+    span,
+)
 from authsvc.cli.output import Failure, Output, command, reporting
 from authsvc.cli.serve import there_while, write
+
+if TYPE_CHECKING:
+    from authsvc.agent import Agent
 
 
 def register(app: typer.Typer) -> None:
@@ -55,48 +69,12 @@ def agent(
     address: Annotated[
         str, typer.Option(metavar="HOST:PORT", envvar="AUTHSVC_ADDRESS", help="authsvc.")
     ] = ADDRESS,
-    as_: Annotated[
-        str,
-        typer.Option(
-            "--as",
-            metavar="NAME",
-            envvar="AUTHSVC_AS",
-            help="Whose certificate to show: NAME.pem of the PKI in the state directory.",
-        ),
-    ] = "agent",
-    cert: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", envvar="AUTHSVC_CERT", help="Certificate to show, instead."),
-    ] = None,
-    key: Annotated[
-        Path | None, typer.Option(metavar="FILE", envvar="AUTHSVC_KEY", help="Its key.")
-    ] = None,
-    ca: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            envvar="AUTHSVC_CA",
-            help="CA of authsvc's certificate.",
-            show_default="ca.pem of that PKI",
-        ),
-    ] = None,
-    server_name: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            envvar="AUTHSVC_SERVER_NAME",
-            help="DNS name in authsvc's certificate, where the address is another.",
-        ),
-    ] = None,
-    state_dir: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            envvar="AUTHSVC_STATE_DIR",
-            help="State directory of authsvc, for its PKI.",
-            show_default="$XDG_STATE_HOME/authsvc",
-        ),
-    ] = None,
+    as_: As = "agent",
+    cert: Cert = None,
+    key: Key = None,
+    ca: Ca = None,
+    server_name: ServerName = None,
+    state_dir: StateDir = None,
     ready_file: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Written once tokens can be judged; removed at the end."),
@@ -124,9 +102,10 @@ def agent(
         policy = policies.get(when_stale) or open_for(span(when_stale, "--when-stale"))
     except ValueError as error:
         raise Failure(f"--when-stale: {error}") from error
-    certificate_files = files_of(as_, cert, key, ca, state_dir)
+    files = files_of(as_, cert, key, ca, state_dir)
+    read_certificates(files)
     where = Place(socket.absolute() if socket is not None else None, group, listen)
-    upstream = Upstream(address, issuer, *certificate_files, server_name)
+    upstream = Upstream(address, issuer, *files, server_name)
 
     async def run() -> None:
         from authsvc.app import serve
@@ -152,19 +131,11 @@ def agent(
             asyncio.run(run())
         except AgentError as error:
             raise Failure(str(error)) from error
-        except FileNotFoundError as error:
-            hint = "authsvc pki issue NAME makes one for --as NAME"
-            raise Failure(f"there is no {error.filename}", hint) from error
-        except OSError as error:
-            raise Failure(f"{error.filename}: cannot be read: {error.strerror}") from error
         except ValueError as error:
-            raise Failure(f"{certificate_files[1]}: {error}") from error
+            raise Failure(str(error)) from error
 
 
-async def _tell(out: Output, path: Path | None, agent: object, ready_file: Path | None) -> None:
-    from authsvc.agent import Agent
-
-    assert isinstance(agent, Agent)
+async def _tell(out: Output, path: Path | None, agent: "Agent", ready_file: Path | None) -> None:
     await agent.ready()
     places = [f"unix:{path}"] if path is not None else []
     places += [f"port {agent.port}"] if agent.port else []

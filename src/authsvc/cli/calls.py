@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # all else is imported where it is used: `--help` does not wa
     from google.protobuf.duration_pb2 import Duration
     from google.protobuf.timestamp_pb2 import Timestamp
 
+    from authsvc_client import Certificates
+
 ADDRESS = "127.0.0.1:7443"
 PAGE_SIZE_MAX = 200
 
@@ -30,6 +32,58 @@ Scopes = Annotated[
     list[str] | None,
     typer.Option(
         "--scope", metavar="SCOPE", help="Scope; may be repeated, or hold many with spaces between."
+    ),
+]
+
+
+def _certificates(context: typer.Context, incomplete: str) -> list[str]:
+    """Names of the pairs in the PKI of the state directory, for the shell."""
+    given = context.params.get("state_dir") or os.environ.get("AUTHSVC_STATE_DIR")
+    base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    found = (Path(given) if given else base / "authsvc").glob("pki/*-key.pem")
+    names = sorted(each.name.removesuffix("-key.pem") for each in found)
+    return [name for name in names if name != "ca" and name.startswith(incomplete)]
+
+
+As = Annotated[
+    str,
+    typer.Option(
+        "--as",
+        metavar="NAME",
+        envvar="AUTHSVC_AS",
+        help="Whose certificate to show: NAME.pem of the PKI in the state directory.",
+        autocompletion=_certificates,
+    ),
+]
+Cert = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", envvar="AUTHSVC_CERT", help="Certificate to show, instead."),
+]
+Key = Annotated[Path | None, typer.Option(metavar="FILE", envvar="AUTHSVC_KEY", help="Its key.")]
+Ca = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        envvar="AUTHSVC_CA",
+        help="CA of the server's certificate.",
+        show_default="ca.pem of that PKI",
+    ),
+]
+ServerName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        envvar="AUTHSVC_SERVER_NAME",
+        help="DNS name in the server's certificate, where the address is another.",
+    ),
+]
+StateDir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        envvar="AUTHSVC_STATE_DIR",
+        help="State directory of the server, for its PKI.",
+        show_default="$XDG_STATE_HOME/authsvc",
     ),
 ]
 
@@ -92,64 +146,18 @@ class Session:
                 return whole
 
 
-def _certificates(context: typer.Context, incomplete: str) -> list[str]:
-    """Names of the pairs in the PKI of the state directory, for the shell."""
-    given = context.params.get("state_dir") or os.environ.get("AUTHSVC_STATE_DIR")
-    base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    found = (Path(given) if given else base / "authsvc").glob("pki/*-key.pem")
-    names = sorted(each.name.removesuffix("-key.pem") for each in found)
-    return [name for name in names if name != "ca" and name.startswith(incomplete)]
-
-
 @contextmanager
 def connected(
     address: Annotated[
         str,
         typer.Option(metavar="HOST:PORT", envvar="AUTHSVC_ADDRESS", help="The server."),
     ] = ADDRESS,
-    as_: Annotated[
-        str,
-        typer.Option(
-            "--as",
-            metavar="NAME",
-            envvar="AUTHSVC_AS",
-            help="Whose certificate to show: NAME.pem of the PKI in the state directory.",
-            autocompletion=_certificates,
-        ),
-    ] = "admin",
-    cert: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", envvar="AUTHSVC_CERT", help="Certificate to show, instead."),
-    ] = None,
-    key: Annotated[
-        Path | None, typer.Option(metavar="FILE", envvar="AUTHSVC_KEY", help="Its key.")
-    ] = None,
-    ca: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            envvar="AUTHSVC_CA",
-            help="CA of the server's certificate.",
-            show_default="ca.pem of that PKI",
-        ),
-    ] = None,
-    server_name: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            envvar="AUTHSVC_SERVER_NAME",
-            help="DNS name in the server's certificate, where the address is another.",
-        ),
-    ] = None,
-    state_dir: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            envvar="AUTHSVC_STATE_DIR",
-            help="State directory of the server, for its PKI.",
-            show_default="$XDG_STATE_HOME/authsvc",
-        ),
-    ] = None,
+    as_: As = "admin",
+    cert: Cert = None,
+    key: Key = None,
+    ca: Ca = None,
+    server_name: ServerName = None,
+    state_dir: StateDir = None,
     timeout: Annotated[
         float,
         typer.Option(min=0.1, metavar="SECONDS", help="Longest time of a call."),
@@ -160,25 +168,32 @@ def connected(
     with reporting(as_json) as out:
         files = files_of(as_, cert, key, ca, state_dir)
         from authsvc.clock import SystemClock
-        from authsvc_client import Certificates, sync_channel
+        from authsvc_client import sync_channel
 
-        try:
-            certificates = Certificates.from_files(*files)
-        except FileNotFoundError as error:
-            raise Failure(
-                f"there is no {error.filename}",
-                "authsvc serve makes the PKI and the administrator's certificate, authsvc pki"
-                " issue NAME one for --as NAME; or name files: --ca, --cert, --key",
-            ) from error
-        except OSError as error:
-            raise Failure(f"{error.filename}: cannot be read: {error.strerror}") from error
-        except ValueError as error:
-            raise Failure(f"{files[1]} with {files[2]}: {error}") from error
+        certificates = read_certificates(files)
         # A service of the own network is not behind the proxy of the environment.
         options = (("grpc.enable_http_proxy", 0),)
         channel = sync_channel(address, certificates, server_name=server_name, options=options)
         with channel:
             yield Session(out, channel, address, timeout, SystemClock().wall())
+
+
+def read_certificates(files: tuple[Path, Path, Path]) -> "Certificates":
+    """What `files_of` named. Raises Failure that says what to do."""
+    from authsvc_client import Certificates
+
+    try:
+        return Certificates.from_files(*files)
+    except FileNotFoundError as error:
+        raise Failure(
+            f"there is no {error.filename}",
+            "authsvc serve makes the PKI and the administrator's certificate, authsvc pki"
+            " issue NAME one for --as NAME; or name files: --ca, --cert, --key",
+        ) from error
+    except OSError as error:
+        raise Failure(f"{error.filename}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise Failure(f"{files[1]} with {files[2]}: {error}") from error
 
 
 def carefully(

@@ -10,6 +10,8 @@ from authsvc.rpc.pipeline import Call, Read
 from authsvc.rpc.policy import Rule
 from authsvc.validate import Answer
 from authsvc_client import AuthsvcClient, AuthsvcError
+from authsvc_client.core.judge import require_entitled
+from authsvc_client.core.jws import Refused
 from authsvc_client.messages import is_jwt
 from authsvc_client.validator import Local
 
@@ -63,6 +65,11 @@ class Beside:
         found = self.at_hand(asked, call)
         if found is not None:
             return found
+        question = asked.by(call.caller.audiences)
+        try:  # authsvc knows what the agent may ask about, and not who asks the agent
+            require_entitled(question, {question.audience})
+        except Refused:
+            return b""
         self._local.asks()
         try:
             response = await self._client.ask(asked.request)

@@ -9,7 +9,7 @@ from . import clock
 from .core.judge import Verdict
 from .core.step_up import NO_STEP_UP, StepUp
 from .core.watched import Watched
-from .messages import RemoteVerdict, is_jwt
+from .messages import RemoteVerdict
 from .staleness import CLOSED, WhenStale
 from .sync_client import SyncAuthsvcClient
 from .sync_watcher import SyncWatcher
@@ -73,12 +73,11 @@ class SyncLocalValidator:
         """As LocalValidator's."""
         local = self._local
         with self._lock:
-            if not permissions and is_jwt(token):
-                verdict = local.at_hand(
-                    token, audience, scopes, thumbprint, require_bound, step_up, when_stale
-                )
-                if verdict is not None:
-                    return verdict
+            verdict = local.at_hand(
+                token, audience, scopes, thumbprint, require_bound, permissions, step_up, when_stale
+            )
+            if verdict is not None:
+                return verdict
             local.asks()
         try:
             return self._client.validate(

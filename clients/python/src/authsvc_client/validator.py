@@ -16,6 +16,7 @@ from . import clock
 from .client import AuthsvcClient
 from .core.cache import BytesCache
 from .core.judge import ANY_AUDIENCE, Judge, Question, Verdict
+from .core.markers import STALENESS_S_MAX, STALENESS_S_MIN
 from .core.reason import Reason
 from .core.state import State, StateStale
 from .core.step_up import NO_STEP_UP, StepUp
@@ -61,6 +62,9 @@ class Local:
         when_stale: WhenStale,
         now: Callable[[], float],
     ) -> None:
+        """ValueError for a bound that no deployment may have either."""
+        if not STALENESS_S_MIN <= staleness_max_s <= STALENESS_S_MAX:
+            raise ValueError(f"staleness_max_s: not within {STALENESS_S_MIN} and {STALENESS_S_MAX}")
         self.state = State(staleness_max_s)
         self.counts = Counts()
         self._judge = Judge(issuer, self.state)
@@ -81,14 +85,21 @@ class Local:
         scopes: frozenset[str],
         thumbprint: str,
         require_bound: bool,
+        permissions: frozenset[str],
         step_up: StepUp,
         when_stale: WhenStale | None,
     ) -> Verdict | None:
-        """The verdict; None where authsvc has to be asked. Raises Unavailable."""
+        """The verdict; None where authsvc has to be asked. Raises Unavailable, and ValueError
+        without an audience: tokens for other services would do.
+        """
+        if not audience:
+            raise ValueError("audience: is empty")
+        if permissions or not is_jwt(token):
+            return None
         key = (audience, scopes, thumbprint, require_bound, step_up)
         question = self._questions.get(key)
         if question is None:
-            question = _question(*key)
+            question = Question(frozenset({ANY_AUDIENCE}), *key)
             self._questions.put(key, question, _QUESTION_BYTES)
         return self.judge(token, question, when_stale)
 
@@ -139,18 +150,6 @@ class Local:
             code=grpc.StatusCode.UNAVAILABLE,
             reason=Reason.STATE_STALE,
         ) from stale
-
-
-def _question(
-    audience: str,
-    scopes: frozenset[str],
-    thumbprint: str,
-    require_bound: bool,
-    step_up: StepUp,
-) -> Question:
-    if not audience:
-        raise ValueError("audience: without one, tokens for other services would do")
-    return Question(frozenset({ANY_AUDIENCE}), audience, scopes, thumbprint, require_bound, step_up)
 
 
 class LocalValidator:
@@ -212,12 +211,11 @@ class LocalValidator:
     ) -> Verdict | RemoteVerdict:
         """Raises Unavailable where the state is too old and AuthsvcError of a remote call."""
         local = self._local
-        if not permissions and is_jwt(token):
-            verdict = local.at_hand(
-                token, audience, scopes, thumbprint, require_bound, step_up, when_stale
-            )
-            if verdict is not None:
-                return verdict
+        verdict = local.at_hand(
+            token, audience, scopes, thumbprint, require_bound, permissions, step_up, when_stale
+        )
+        if verdict is not None:
+            return verdict
         local.asks()
         try:
             return await self._client.validate(

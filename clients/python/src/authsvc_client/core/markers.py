@@ -10,8 +10,9 @@ ACCESS_TOKEN_LIFETIME_S_MAX = 3600
 LEEWAY_S = 30
 """Tolerated on `exp`, `nbf` and `iat`."""
 SKEW_S = 30
+STALENESS_S_MIN = 5
 STALENESS_S_MAX = 600
-"""What no deployment's `staleness_max` exceeds."""
+"""What no deployment's `staleness_max` is outside of."""
 MARKER_LIFETIME_S = ACCESS_TOKEN_LIFETIME_S_MAX + LEEWAY_S + SKEW_S + STALENESS_S_MAX
 """A marker is kept as long as any token that it kills could be taken for live: also one that a
 worker made, cut off from the database, until it was stale."""

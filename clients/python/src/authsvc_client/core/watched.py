@@ -105,13 +105,15 @@ class Watched:
         opening_s = boot - self._opened if self._ahead is None else 0.0
         if self._ahead is None:
             self._ahead = database_time - self._opened
-        sent = min(database_time - self._ahead, boot)
-        started = sent - max(age_s, 0.0)
+        sent = database_time - self._ahead
+        if sent > boot + DELAY_S_MAX:  # nothing says how long it was under way
+            raise OutOfStep("the database's clock was set")
+        started = min(sent, boot) - max(age_s, 0.0)
         if self.state.confirmed is None or started > self.state.confirmed:
             self.state.confirm(started, started + self._ahead)
         if opening_s > OPENING_S_MAX and not self._resumes:
             raise OutOfStep("the snapshot took long")
-        if abs(boot + self._ahead - database_time) > DELAY_S_MAX:
+        if sent < boot - DELAY_S_MAX:
             raise OutOfStep("an event of long ago, or a clock that was set")
 
     def _replace_keys(self, keys: Keys) -> None:
