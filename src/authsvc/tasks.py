@@ -1,13 +1,12 @@
 """Background work of a process: what fails is logged and begun again, never lost."""
 
 import asyncio
-import os
 from collections.abc import Awaitable, Callable
 
 import structlog
 
 from authsvc.errors import AuthError
-from authsvc.keys.secrets import jitter
+from authsvc.keys.secrets import jitter, new_id
 from authsvc.store.port import LeaseStore
 from authsvc.telemetry import log_about
 
@@ -52,7 +51,7 @@ class Elected:
 
     def __init__(self, leases: LeaseStore) -> None:
         self._leases = leases
-        self._holder = os.urandom(16).hex()
+        self._holder = new_id()
 
     async def does(self, task: str, seconds: float) -> bool:
         """Whether a task is this process's, from now on for so long; who cannot tell has none."""
