@@ -184,8 +184,9 @@ class RpcServer:
         """
         await self._health.enter_graceful_shutdown()
         pipelines = [listener.pipeline for listener in self._listeners]
+        # Who is hung up on comes back at once, and would be turned away a second time.
+        stop_listening((*self._ports, self._health_port) if self._shared else self._ports)
         if self._shared:
-            stop_listening((*self._ports, self._health_port))
             await asyncio.sleep(SETTLE_S)
         for pipeline in pipelines:
             pipeline.drain()
