@@ -5,10 +5,15 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.emptied import Emptied
 from tests.redis_servers import Redis
 from tests.servers import Postgres
+
+# A machine that is busy is no failure; `timeout` is what ends a test.
+settings.register_profile("authsvc", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("authsvc")
 
 
 def pytest_report_header() -> str:

@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # they are names of the type stubs alone
     from authsvc_client.v1.users_pb2_grpc import UserServiceAsyncStub
 
 ISSUER: Final = "https://issuer.test"
-TIMEOUT_S: Final = 30.0
+TIMEOUT_S: Final = 60.0
 M = TypeVar("M", bound=Message)
 # gRPC judges certificates by the machine's clock, so they are good around now.
 NOW: Final = SystemClock().wall()
@@ -327,10 +327,12 @@ class Running:
     async def http(self, path: str) -> tuple[int, str]:
         """GET on the metrics port."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.app.metrics_port)
-        writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
-        raw = (await reader.read()).decode()
-        writer.close()
-        await writer.wait_closed()
+        try:
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            raw = (await reader.read()).decode()
+        finally:
+            writer.close()
+            await writer.wait_closed()
         head, _, body = raw.partition("\r\n\r\n")
         return int(head.split(" ")[1]), body
 

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import redis
 
-from tests.servers import ENVIRONMENT, ServerError, dying_with_parent
+from tests.servers import ENVIRONMENT, ServerError, launcher
 
 START_SECONDS = 60
 PORTS_TRIED = 20
@@ -186,7 +186,7 @@ class Redis:
         mode = ["--sentinel"] if self._sentinel else []
         with (self.folder / "log").open("wb") as log:
             self._process = subprocess.Popen(
-                [*dying_with_parent(), self._program, file, *mode],
+                [*launcher(), self._program, file, *mode],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

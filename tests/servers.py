@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import pwd
@@ -13,10 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self, TypedDict
+from typing import Any, Self
 from uuid import uuid4
 
 import asyncpg
@@ -34,18 +33,21 @@ class ServerError(RuntimeError):
     """A server that tests need cannot be had here; the text says what to do."""
 
 
-class _Account(TypedDict, total=False):
-    user: int
-    group: int
-    extra_groups: list[int]
+def launcher(how: signal.Signals = signal.SIGKILL, *, as_nobody: bool = False) -> list[str]:
+    """What goes before a command so that the kernel ends it when a killed test run cannot, and so
+    that root runs it `as_nobody`.
 
-
-def _account() -> _Account:
-    """PostgreSQL refuses to run as root."""
-    if os.geteuid() != 0:
-        return {}
-    nobody = pwd.getpwnam("nobody")
-    return {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+    The new process does both: for `preexec_fn` and `user` Python forks, and what gRPC's threads
+    then do in the child may abort it; without them nothing of gRPC runs there.
+    """
+    steps = ["import ctypes, os, sys"]
+    if as_nobody and os.geteuid() == 0:
+        nobody = pwd.getpwnam("nobody")
+        steps.append(f"os.setgroups([]); os.setgid({nobody.pw_gid}); os.setuid({nobody.pw_uid})")
+    if sys.platform == "linux":
+        steps.append(f"ctypes.CDLL(None).prctl(1, {how:d})")
+    steps.append("os.execv(sys.argv[1], sys.argv[1:])")
+    return [sys.executable, "-ISc", "; ".join(steps)]
 
 
 ENVIRONMENT = {"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC"}
@@ -59,15 +61,14 @@ def _usable(binaries: Path) -> bool:
 def _version(binary: Path) -> int:
     try:
         told = subprocess.run(
-            [binary, "--version"],
+            [*launcher(as_nobody=True), binary, "--version"],
             check=True,
             capture_output=True,
             text=True,
             cwd="/",
             env=ENVIRONMENT,
-            **_account(),
         )
-    except (OSError, subprocess.CalledProcessError):
+    except subprocess.CalledProcessError:
         return 0
     major = re.search(r"\(PostgreSQL\) (\d+)", told.stdout)
     return int(major[1]) if major else 0
@@ -116,28 +117,8 @@ def _binaries(folder: Path) -> Path:
     raise ServerError(NONE_FOUND.format(oldest=OLDEST, looked_for=places))
 
 
-def end_with_parent(how: signal.Signals) -> Callable[[], None] | None:
-    """Makes the kernel stop the server when a killed test run cannot."""
-    if sys.platform != "linux":
-        return None
-    prctl, set_death_signal = ctypes.CDLL(None).prctl, 1
-    return lambda: prctl(set_death_signal, how)
-
-
 _NEW = ("-A", "trust", "-N", "--locale=C", "-E", "UTF8", "-U", SUPERUSER)
 _COPY = ("-R", "-X", "stream", "-c", "fast", "--no-sync")
-
-
-def dying_with_parent() -> list[str]:
-    """What goes before a command so that the kernel ends it when a killed test run cannot.
-
-    For what starts while gRPC has threads: with `preexec_fn` Python forks, and gRPC's own work in
-    the child may abort it; without, nothing of gRPC runs there.
-    """
-    if sys.platform != "linux":
-        return []
-    code = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9)"
-    return [sys.executable, "-ISc", f"{code}; os.execv(sys.argv[1], sys.argv[1:])"]
 
 
 class Postgres:
@@ -149,17 +130,16 @@ class Postgres:
         try:
             self.folder = Path(tempfile.mkdtemp(prefix="authsvc-pg-", dir="/tmp"))
             self._undo.callback(shutil.rmtree, self.folder, ignore_errors=True)
-            account = _account()
-            if account:
-                os.chown(self.folder, account["user"], account["group"])
+            if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+                shutil.chown(self.folder, "nobody", pwd.getpwnam("nobody").pw_gid)
             self.binaries = _binaries(self.folder)
             self._data = self.folder / "data"
             if primary is None:
-                self._run("initdb", *_NEW, account=account)
+                self._run("initdb", *_NEW)
             else:
                 source = ("-h", str(primary.folder), "-U", SUPERUSER)
-                self._run("pg_basebackup", *source, *_COPY, account=account)
-            self._process = self._launch(account)
+                self._run("pg_basebackup", *source, *_COPY)
+            self._process = self._launch()
             self._undo.callback(self._quit)
             self._wait()
         except BaseException:
@@ -222,34 +202,34 @@ class Postgres:
             await connection.close()
         return self.url(name)
 
-    def _run(self, program: str, *options: str, account: _Account) -> None:
+    def _run(self, program: str, *options: str) -> None:
         done = subprocess.run(
-            [self.binaries / program, "-D", self._data, *options],
+            [*launcher(as_nobody=True), self.binaries / program, "-D", self._data, *options],
             check=False,
             capture_output=True,
             text=True,
             cwd="/",
             env=ENVIRONMENT,
-            **account,
         )
         if done.returncode:
             raise ServerError(f"{program} failed ({self.binaries}):\n{done.stdout}{done.stderr}")
 
-    def _launch(self, account: _Account) -> subprocess.Popen[bytes]:
+    def _launch(self) -> subprocess.Popen[bytes]:
         # No TCP port to collide on: two runs side by side differ in their folders.
         settings = ["listen_addresses=", "fsync=off", "full_page_writes=off", "max_connections=200"]
         options = [part for setting in settings for part in ("-c", setting)]
         with (self.folder / "log").open("wb") as log:
             return subprocess.Popen(
-                [self.binaries / "postgres", "-D", self._data, "-k", self.folder, *options],
+                [
+                    *(*launcher(signal.SIGQUIT, as_nobody=True), str(self.binaries / "postgres")),
+                    *("-D", str(self._data), "-k", str(self.folder), *options),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 cwd="/",
                 env=ENVIRONMENT,
                 start_new_session=True,  # Ctrl-C is for pytest, which then stops the server
-                preexec_fn=end_with_parent(signal.SIGQUIT),  # noqa: PLW1509 (it only makes one system call)
-                **account,
             )
 
     def _wait(self) -> None:

@@ -606,7 +606,7 @@ def _attempt(server: Server, asked: Sequence[Declared], steps: int | None = None
         return None
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     past=st.lists(objects(), max_size=3),
     reviews=st.lists(st.tuples(st.integers(0, 5), st.sampled_from(STATES)), max_size=3),

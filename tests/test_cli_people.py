@@ -1,14 +1,12 @@
 """The commands about people: users, roles, sessions and the audit, against a real server."""
 
 import csv
-import fcntl
 import json
 import os
 import pty
 import select
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -195,20 +193,26 @@ def test_user_sets_its_own_password_and_keeps_its_session(people: People) -> Non
 # --- at a terminal ---
 
 
+# For who opens /dev/tty. A `preexec_fn` is none: see `tests.servers.launcher`.
+_AT_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
 class Dialogue:
     """A command at a terminal of its own, and a person who answers."""
 
     def __init__(self, shell: Shell, *arguments: str) -> None:
         self._ours, theirs = pty.openpty()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "authsvc", *arguments],
+            [sys.executable, "-c", _AT_TERMINAL, sys.executable, "-m", "authsvc", *arguments],
             env=shell.environment({"TERM": "xterm"}),
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
             start_new_session=True,
-            # For who opens /dev/tty.
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509
         )
         os.close(theirs)
         self.seen, self._answered = "", 0

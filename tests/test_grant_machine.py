@@ -363,7 +363,6 @@ class GrantMachine(RuleBasedStateMachine):
 SETTINGS = settings(
     max_examples=40,
     stateful_step_count=30,
-    deadline=None,
     print_blob=True,
     suppress_health_check=list(HealthCheck),
 )

@@ -273,7 +273,6 @@ class RoleMachine(RuleBasedStateMachine):
 SETTINGS = settings(
     max_examples=25,
     stateful_step_count=40,
-    deadline=None,
     print_blob=True,
     suppress_health_check=list(HealthCheck),
 )

@@ -1,14 +1,13 @@
 """A server as a process: its end, its death, and what it leaves behind."""
 
 import asyncio
-import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,20 +38,13 @@ from tests.harness import (
     to_the_end,
     until,
 )
+from tests.servers import launcher
 
 SERVING, NOT_SERVING = (
     health_pb2.HealthCheckResponse.SERVING,
     health_pb2.HealthCheckResponse.NOT_SERVING,
 )
 AUDIENCE = "https://billing.internal"
-
-
-def _end_with_parent() -> Callable[[], None] | None:
-    """A killed test run leaves no server behind."""
-    if sys.platform != "linux":
-        return None
-    prctl, set_death_signal = ctypes.CDLL(None).prctl, 1
-    return lambda: prctl(set_death_signal, signal.SIGKILL)
 
 
 @dataclass
@@ -79,8 +71,9 @@ class Process:
         self.log = (self.root / "log").open("ab")
         self.process = subprocess.Popen(  # noqa: ASYNC220 - it only starts
             [
-                *(sys.executable, *self.program, "serve", "--state-dir", str(self.state)),
-                *(*ports, "--ready-file", str(ready), *self.arguments),
+                *(*launcher(), sys.executable, *self.program, "serve"),
+                *("--state-dir", str(self.state), *ports),
+                *("--ready-file", str(ready), *self.arguments),
             ],
             stdin=subprocess.DEVNULL,
             stdout=self.log,
@@ -92,7 +85,6 @@ class Process:
                 "TMPDIR": str(folders["tmp"]),
                 "PYTHONDONTWRITEBYTECODE": "1",
             },
-            preexec_fn=_end_with_parent(),  # noqa: PLW1509 (it only makes one system call)
         )
         await until(lambda: ready.exists() or self.process.poll() is not None, 60)
         assert self.process.poll() is None, (self.root / "log").read_text()

@@ -36,7 +36,7 @@ from tests.harness import (
     spiffe,
 )
 from tests.redis_servers import Redis
-from tests.servers import Postgres, dying_with_parent
+from tests.servers import Postgres, launcher
 
 START_S_MAX = 60.0
 GRANTS = (
@@ -79,7 +79,7 @@ class Process:
         with (self.root / "log").open("ab") as log:
             self._child = subprocess.Popen(
                 [
-                    *(*dying_with_parent(), sys.executable, *program, "serve", *flags),
+                    *(*launcher(), sys.executable, *program, "serve", *flags),
                     *("--state-dir", str(self.root / "state"), "--ready-file", str(self.ready)),
                 ],
                 stdin=subprocess.DEVNULL,

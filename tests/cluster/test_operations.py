@@ -15,7 +15,7 @@ from time import monotonic, sleep
 import pytest
 
 from tests.redis_servers import Redis
-from tests.servers import Postgres, dying_with_parent
+from tests.servers import Postgres, launcher
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "operations.md"
 ANY_PORT = {"AUTHSVC_LISTEN__PORT": "0", "AUTHSVC_LISTEN__METRICS_PORT": "0"}
@@ -54,7 +54,7 @@ class Machine:
         """Runs on."""
         with (self.home / "log").open("wb") as log:
             return subprocess.Popen(
-                [*dying_with_parent(), shutil.which("bash") or "bash", "-euc", script],
+                [*launcher(), shutil.which("bash") or "bash", "-euc", script],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -8,7 +8,7 @@ from itertools import chain
 from unittest.mock import patch
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from authsvc.keys import secrets
@@ -73,7 +73,6 @@ def test_no_neighbour_of_a_refresh_token_is_one() -> None:
     st.integers(0, 2**63 - 1),
     st.sampled_from(["first", "old"]),
 )
-@settings(deadline=None)
 def test_a_refresh_token_says_what_it_was_made_of(
     handle: bytes, generation: int, which: str
 ) -> None:
@@ -87,7 +86,6 @@ def test_a_refresh_token_says_what_it_was_made_of(
 
 
 @given(st.text(max_size=100) | st.text(ALPHABET, min_size=80, max_size=80).map("asvc_rt_".__add__))
-@settings(deadline=None)
 def test_whatever_else_is_read_as_nothing(text: str) -> None:
     assert KEYS.read(text) is None
 

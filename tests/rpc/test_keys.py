@@ -16,7 +16,6 @@ from authsvc.keys.ring import KEYS_MAX_AGE_S, READY_MARGIN_S
 from authsvc.model import KeyState
 from authsvc_client.core.jws import decode
 from authsvc_client.v1 import auth_pb2, keys_pb2
-from tests import servers
 from tests.harness import (
     ADMIN,
     ISSUER,
@@ -401,7 +400,7 @@ async def test_without_a_database_every_call_is_unavailable_and_nothing_is_half_
                 "dry": await outcome(taint(server, current, validate_only=True)),
             }
             assert calls == dict.fromkeys(calls, "STORE_UNAVAILABLE")
-            postgres._process = postgres._launch(servers._account())
+            postgres._process = postgres._launch()
             async with asyncio.timeout(30):
                 while await outcome(listed(server)) != "OK":  # noqa: ASYNC110 - it starts
                     await asyncio.sleep(0.05)

@@ -20,7 +20,6 @@ from authsvc.store.migrate import Schema, standing, upgrade
 from authsvc.store.port import Store
 from authsvc.store.sql import Database
 from authsvc_client.core.markers import MarkerKind, marker_key
-from tests import servers
 from tests.servers import SUPERUSER, Postgres
 from tests.store.conftest import Place
 from tests.store.test_contract import (
@@ -78,7 +77,7 @@ def own_postgres() -> Iterator[Postgres]:
 
 
 def start_again(server: Postgres) -> None:
-    server._process = server._launch(servers._account())
+    server._process = server._launch()
 
 
 async def test_postgres_stopped_at_once_is_unavailable_and_heals(own_postgres: Postgres) -> None:

@@ -3,10 +3,15 @@
 from collections.abc import AsyncIterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from authsvc_client import Certificates
 
 from .support import Authsvc, Pki, running_authsvc
+
+# A machine that is busy is no failure; `timeout` is what ends a test.
+settings.register_profile("authsvc", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("authsvc")
 
 
 @pytest.fixture(scope="session")

@@ -227,5 +227,5 @@ class Machine(RuleBasedStateMachine):
             assert self.plan.decide(math.nextafter(later, math.inf)) is Step.WAIT
 
 
-Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
 TestMachine = Machine.TestCase

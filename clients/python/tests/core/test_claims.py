@@ -84,7 +84,7 @@ def test_claims_of_the_least_payload() -> None:
 
 
 @given(st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=3), JSON, max_size=6))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_parser_raises_nothing_but_refused(changes: dict[str, Any]) -> None:
     for payload in (changes, {**claims(), **changes}):
         try:
@@ -95,7 +95,7 @@ def test_parser_raises_nothing_but_refused(changes: dict[str, Any]) -> None:
 
 
 @given(st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=3), JSON, max_size=4))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_signed_token_with_any_claims_gets_a_verdict(changes: dict[str, Any]) -> None:
     rig = Rig()
     payload = {**claims(), **changes}
@@ -107,7 +107,7 @@ def test_signed_token_with_any_claims_gets_a_verdict(changes: dict[str, Any]) ->
 
 
 @given(st.binary(max_size=300))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_any_signed_bytes_get_a_verdict(raw: bytes) -> None:
     rig = Rig()
     assert not rig(KEY.sign(raw)).active
@@ -154,7 +154,6 @@ SCOPES = st.frozensets(st.text(st.characters(codec="ascii", exclude_characters='
 
 
 @given(granted=SCOPES, required=SCOPES, both=SCOPES)
-@settings(deadline=None)
 def test_scopes_suffice_exactly_when_all_are_granted(
     granted: frozenset[str], required: frozenset[str], both: frozenset[str]
 ) -> None:
@@ -216,7 +215,7 @@ def test_marker_key_is_the_one_that_others_compute() -> None:
 @given(
     st.dictionaries(st.sampled_from([*KEY.jwk, "key_ops", "d", "k", "n", "e"]), JSON, max_size=4)
 )
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_jwk_of_any_form_is_refused_or_loaded(changes: dict[str, Any]) -> None:
     for jwk in (changes, {**KEY.jwk, **changes}):
         try:

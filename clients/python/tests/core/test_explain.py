@@ -6,7 +6,7 @@ from itertools import combinations
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from authsvc_client.core.explain import CHECKS, Check, Explanation, Outcome, explain, killers
@@ -108,7 +108,7 @@ def test_explain_says_what_the_judge_says_of_any_two_faults(one: int, other: int
 
 
 @given(st.lists(st.sampled_from(ALL), max_size=8), st.booleans())
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300)
 def test_explain_says_what_the_judge_says_of_any_faults(
     faults: list[tuple[str, Callable[[Case], object]]], warm: bool
 ) -> None:

@@ -227,7 +227,7 @@ EDITS = st.lists(
 
 
 @given(EDITS)
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 def test_random_edits_are_refused_unless_they_change_nothing(
     edits: list[tuple[int, int, str]],
 ) -> None:
@@ -238,7 +238,7 @@ def test_random_edits_are_refused_unless_they_change_nothing(
 
 
 @given(st.text() | st.from_regex(r"[\w-]{0,80}\.[\w-]{0,200}\.[\w-]{0,90}"))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_any_text_gets_a_verdict(text: str) -> None:
     assert not RIG(text).active
 

@@ -1,7 +1,7 @@
 """What is dead at which revision, which keys verify, and how old that knowledge is."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from authsvc_client.core.jws import KeyRefused
@@ -100,7 +100,6 @@ def test_every_kind_is_a_mark_a_cutoff_or_a_change() -> None:
         )
     )
 )
-@settings(deadline=None)
 def test_time_never_goes_back(events: list[float | tuple[float, float]]) -> None:
     state = State(120.0)
     boot, last, database = BOOT, 0.0, float(NOW)

@@ -224,7 +224,7 @@ Steps = list[tuple[str, float]]
     ),
     drift=st.floats(-1e-4, 1e-4),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_state_is_never_younger_than_what_the_server_knew(steps: Steps, drift: float) -> None:
     """Whatever waits where, and however the clocks run, an age is at least what it truly is."""
     stream = Stream()
