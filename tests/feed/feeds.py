@@ -1,6 +1,6 @@
 """A feed that tests can bend: it plays lost commits and other databases."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from authsvc.clock import Clock
@@ -26,6 +26,8 @@ class BentFeed:
     standby: bool = False
     writable: bool = True
     beats: int = 0
+    page_revisions: int = 2**32
+    """More than these are no part of one page."""
 
     async def append(self, changes: Sequence[Change], done: Done = ()) -> int:
         unique = distinct(changes)
@@ -36,20 +38,28 @@ class BentFeed:
         return self.head
 
     async def read(self, cursor: int) -> FeedPage:
-        now = self.clock.wall()
-        found = (m for m in self.markers if m.revision > cursor and (cursor or m.until > now))
+        head = self.head
+        if cursor and cursor <= head:
+            head = min(head, cursor + self.page_revisions)
         return FeedPage(
-            head=self.head,
+            head=head,
             compacted_to=self.compacted_to,
             fingerprint=self.fingerprint,
             known_fingerprint=self.known_fingerprint,
-            nonce=self.nonces[self.head],
-            time=now,
-            markers=tuple(found),
+            nonce=self.nonces[head],
+            time=self.clock.wall(),
+            markers=tuple(m for m in self.markers if 0 < cursor < m.revision <= head),
             cursor_nonce=self.nonces.get(cursor),
             beat=self.beaten,
             standby=self.standby,
+            more=head < self.head,
         )
+
+    async def pieces(self, head: int, rows: int) -> AsyncIterator[Sequence[Marker]]:
+        now = self.clock.wall()
+        found = [m for m in self.markers if m.revision <= head and m.until > now]
+        for start in range(0, len(found), rows):
+            yield found[start : start + rows]
 
     async def beat(self, every_s: float) -> None:
         if not self.writable:

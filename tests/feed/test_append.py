@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import pytest
 
@@ -10,7 +10,7 @@ from authsvc.errors import AuthError, Reason
 from authsvc.feed import append as module
 from authsvc.feed.append import Append
 from authsvc.store.port import Change, Done, FeedPage, change
-from authsvc_client.core.markers import MarkerKind
+from authsvc_client.core.markers import Marker, MarkerKind
 from tests.clocks import HandClock
 from tests.feed.feeds import BentFeed
 
@@ -39,6 +39,9 @@ class CountedFeed:
 
     async def read(self, cursor: int) -> FeedPage:
         return await self.feed.read(cursor)
+
+    def pieces(self, head: int, rows: int) -> AsyncIterator[Sequence[Marker]]:
+        return self.feed.pieces(head, rows)
 
     async def begin(self, page: FeedPage) -> None:
         await self.feed.begin(page)

@@ -9,11 +9,12 @@ import pytest
 from authsvc.errors import AuthError, Reason
 from authsvc.feed import follow as module
 from authsvc.feed.follow import BEAT_LATE_S, STRONG_S, Follow
-from authsvc.feed.watch import WatchChanges
 from authsvc.store.port import FeedPage
 from authsvc_client.core.state import REVISIONS_PER_EPOCH, StateStale
+from authsvc_client.v1 import auth_pb2
 from tests.clocks import HandClock
 from tests.feed.test_follow import STALENESS_S, FaultyFeed, Worker, dead, key, running, until
+from tests.feed.watching import until_beat, watching
 
 
 @pytest.fixture
@@ -244,15 +245,14 @@ async def test_a_watcher_is_told_the_age_that_the_worker_has(
     worker: Worker, feed: FaultyFeed, clock: HandClock
 ) -> None:
     await worker.follow.poll()
-    watch = WatchChanges(feed, worker.follow, worker.state, clock)
-    events = watch(worker.state.revision)
-    await anext(events)
-    await anext(events)
+    events = watching(feed, worker.follow, worker.state, clock)(worker.state.revision)
+    await until_beat(events)
     feed.bent.writable = False
     clock.advance(30)
     await feed.append(dead("a"))
     await worker.follow.poll()
-    delta = await anext(events)
-    assert [marker.key for marker in delta.markers] == [key("a")]
-    assert delta.age_s == 30
+    told: list[auth_pb2.WatchChangesResponse] = []
+    [delta] = await until_beat(events, told)
+    assert [marker.key for marker in delta.delta.markers] == [key("a")]
+    assert told[-1].heartbeat.age.seconds == 30
     await events.aclose()

@@ -2,19 +2,19 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
 import pytest
 
 from authsvc.errors import AuthError, Reason
 from authsvc.feed import follow as module
-from authsvc.feed.follow import WATCHER_CHANGES_MAX, Applied, Follow, Listener
-from authsvc.feed.watch import Event, WatchChanges
+from authsvc.feed.follow import Applied, Follow, Listener
 from authsvc.store.port import ANY_KEY, Change, Done, FeedPage, change
 from authsvc_client.core.markers import Marker, MarkerKind, marker_key
 from authsvc_client.core.state import REVISIONS_PER_EPOCH, State, StateStale
 from tests.clocks import HandClock
 from tests.feed.feeds import BentFeed
+from tests.feed.watching import until_beat, watching
 
 STALENESS_S = 120.0
 EVERYTHING = marker_key(MarkerKind.CUTOFF_EVERYTHING)
@@ -37,6 +37,8 @@ class FaultyFeed:
         self.before: Callable[[], Awaitable[None]] | None = None
         self.after: Callable[[], Awaitable[None]] | None = None
         """Between the moment that the answer is made and the moment that it arrives."""
+        self.within: Callable[[], Awaitable[None]] | None = None
+        """After each piece of a snapshot."""
         self.epochs = 0
 
     async def append(self, changes: Sequence[Change], done: Done = ()) -> int:
@@ -50,6 +52,12 @@ class FaultyFeed:
         if self.after is not None:
             await self.after()
         return page
+
+    async def pieces(self, head: int, rows: int) -> AsyncIterator[Sequence[Marker]]:
+        async for piece in self.bent.pieces(head, rows):
+            yield piece
+            if self.within is not None:
+                await self.within()
 
     async def begin(self, page: FeedPage) -> None:
         await self.bent.begin(page)
@@ -130,7 +138,7 @@ async def test_markers_are_applied_and_confirmed(
     assert worker.state.is_dead(key("a"))
     assert worker.state.is_dead(key("b"))
     assert not worker.state.is_dead(key("c"))
-    assert feed.reads == [0, revision - 1]
+    assert feed.reads == [0, revision - 1, revision - 1]  # the second continues the snapshot
     worker.state.require_fresh(clock.boot())
     assert feed.bent.known_fingerprint == feed.bent.fingerprint
 
@@ -374,7 +382,7 @@ async def test_below_what_is_compacted_a_snapshot_is_taken(
     feed.bent.markers = [m for m in feed.bent.markers if m.revision > cursor + 2]
     feed.reads.clear()
     await worker.follow.poll()
-    assert feed.reads == [cursor, 0]
+    assert feed.reads == [cursor, 0, feed.bent.head]
     assert feed.epochs == 0
     assert worker.state.revision == feed.bent.head
     # What was compacted unread has run out; what was read before is kept.
@@ -391,49 +399,195 @@ async def test_below_what_is_compacted_a_snapshot_is_taken(
     assert heard[-1] == ()
 
 
-# Watchers
+# Snapshots
 
 
-async def test_subscriptions_get_every_change_in_order_and_heartbeats(
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PIECE_MARKERS", 10)
+
+
+def all_dead(worker: Worker, tokens: Iterable[int]) -> bool:
+    return all(worker.state.is_dead(key(str(token))) for token in tokens)
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("pieces", [1, 2, 4])
+async def test_a_snapshot_that_fails_half_way_advances_nothing_and_confirms_nothing(
+    worker: Worker, feed: FaultyFeed, clock: HandClock, pieces: int
+) -> None:
+    for number in range(50):
+        await feed.append(dead(str(number)))
+    done = 0
+
+    async def fail() -> None:
+        nonlocal done
+        done += 1
+        if done == pieces:
+            await unavailable()
+
+    feed.within = fail
+    with pytest.raises(AuthError):
+        await worker.follow.poll()
+    assert all_dead(worker, range(10 * pieces))
+    assert worker.state.revision == 0
+    assert worker.state.age(clock.boot()) == float("inf")
+    feed.within = None
+    await worker.follow.poll()
+    assert all_dead(worker, range(50))
+    assert worker.state.revision == feed.bent.head
+    assert worker.state.age(clock.boot()) == 0
+
+
+@pytest.mark.usefixtures("small_pieces")
+async def test_while_a_living_worker_takes_a_snapshot_it_ages_and_keeps_what_it_has(
+    feed: FaultyFeed, clock: HandClock
+) -> None:
+    heard: list[tuple[Marker, ...]] = []
+
+    async def listen(markers: tuple[Marker, ...]) -> None:
+        heard.append(markers)
+
+    worker = Worker(feed, clock, listen)
+    for number in range(50):
+        await feed.append(dead(str(number)))
+    await worker.follow.poll()
+    before = worker.state.revision
+    another_fingerprint(feed)
+    feed.bent.markers = feed.bent.markers[:20]  # it lost the others
+    heard.clear()
+    ages: list[float] = []
+
+    async def look() -> None:
+        clock.advance(1)
+        ages.append(worker.state.age(clock.boot()))
+        assert worker.state.revision == before
+        assert all_dead(worker, range(50))
+        assert not heard
+
+    feed.within = look
+    await worker.follow.poll()
+    assert ages == [1, 2, 3]
+    assert all_dead(worker, range(50))
+    assert worker.state.revision == feed.bent.head
+    assert worker.state.age(clock.boot()) == 0  # as of a read after the last piece
+    assert ANY_KEY in {m.key for m in heard[-1]}
+
+
+@pytest.mark.usefixtures("small_pieces")
+async def test_others_have_their_turn_between_the_pieces(worker: Worker, feed: FaultyFeed) -> None:
+    for number in range(100):
+        await feed.append(dead(str(number)))
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    other = asyncio.create_task(others())
+    await worker.follow.poll()
+    other.cancel()
+    assert turns >= 10
+
+
+@pytest.mark.usefixtures("small_pieces")
+async def test_what_comes_while_a_snapshot_is_taken_is_in_it(
+    worker: Worker, feed: FaultyFeed
+) -> None:
+    for number in range(30):
+        await feed.append(dead(str(number)))
+    later = iter(range(30, 99))
+
+    async def come() -> None:
+        await feed.append(dead(str(next(later))))
+
+    feed.within = come
+    await worker.follow.poll()
+    assert all_dead(worker, range(33))
+    assert worker.state.revision == feed.bent.head
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("happens", [another_fingerprint, lost_commits, other_commits])
+async def test_pieces_of_two_histories_are_no_snapshot(
+    worker: Worker, feed: FaultyFeed, clock: HandClock, happens: Change_
+) -> None:
+    for number in range(50):
+        await feed.append(dead(str(number)))
+    done = 0
+
+    async def half_way() -> None:
+        nonlocal done
+        done += 1
+        if done == 3:
+            happens(feed)
+
+    feed.within = half_way
+    with pytest.raises(AuthError, match="STORE_UNAVAILABLE"):
+        await worker.follow.poll()
+    assert worker.state.revision == 0
+    assert worker.state.age(clock.boot()) == float("inf")
+    await worker.follow.poll()
+    assert worker.state.revision == feed.bent.head
+
+
+async def test_far_behind_it_reads_page_by_page_and_confirms_the_last(
     worker: Worker, feed: FaultyFeed, clock: HandClock
 ) -> None:
     await worker.follow.poll()
-    async with worker.follow.subscribe() as one, worker.follow.subscribe() as two:
-        expected: list[Applied] = []
-        for number in range(20):
-            start = clock.boot()
-            markers: list[Marker] = []
-            if number % 3:
-                await feed.append(dead(str(number), f"{number}b"))
-                markers = feed.bent.markers[-2:]
-            expected.append(Applied(feed.bent.head, tuple(markers), start, clock.wall()))
-            await worker.follow.poll()
-            clock.advance(1)
-        for subscription in (one, two):
-            got = [subscription.queue.get_nowait() for _ in range(20)]
-            assert got == expected
-            assert subscription.queue.empty()
-            assert not subscription.lost
-    await feed.append(dead("later"))
-    await worker.follow.poll()
-    assert one.queue.empty()
+    told: list[Applied] = []
+    worker.follow.on_applied(told.append)
+    cursor = worker.state.revision
+    for number in range(10):
+        await feed.append(dead(str(number)))
+    feed.bent.page_revisions = 4
+    clock.advance(7)
+    reads = 0
 
+    async def gone() -> None:
+        nonlocal reads
+        reads += 1
+        if reads == 3:
+            await unavailable()
 
-async def test_a_slow_watcher_is_lost_and_holds_up_nobody(worker: Worker, feed: FaultyFeed) -> None:
-    await worker.follow.poll()
-    async with worker.follow.subscribe() as slow, worker.follow.subscribe() as quick:
-        for number in range(WATCHER_CHANGES_MAX + 10):
-            await feed.append(dead(str(number)))
-            await worker.follow.poll()
-            assert quick.queue.get_nowait().revision == feed.bent.head
-        assert slow.lost
-        assert not quick.lost
-        # It can tell where its gap begins: nothing comes after it, even when there is room again.
-        slow.queue.get_nowait()
+    feed.before = gone
+    with pytest.raises(AuthError):
         await worker.follow.poll()
-        revisions = [slow.queue.get_nowait().revision for _ in range(slow.queue.qsize())]
-        assert len(revisions) == WATCHER_CHANGES_MAX - 1
-        assert revisions == list(range(revisions[0], revisions[0] + len(revisions)))
+    assert worker.state.revision == cursor + 8
+    assert all_dead(worker, range(8))
+    assert worker.state.age(clock.boot()) == 7
+    assert [applied.revision for applied in told] == [cursor + 4, cursor + 8]
+    assert {applied.started for applied in told} == {clock.boot() - 7}
+    await worker.follow.poll()
+    assert worker.state.revision == cursor + 10
+    assert worker.state.age(clock.boot()) == 0
+    assert not told[-1].snapshot
+
+
+# Watchers
+
+
+async def test_every_read_that_is_applied_is_told_in_order(
+    worker: Worker, feed: FaultyFeed, clock: HandClock
+) -> None:
+    await worker.follow.poll()
+    one: list[Applied] = []
+    two: list[Applied] = []
+    worker.follow.on_applied(one.append)
+    worker.follow.on_applied(two.append)
+    expected: list[Applied] = []
+    for number in range(20):
+        start = clock.boot()
+        markers: list[Marker] = []
+        if number % 3:
+            await feed.append(dead(str(number), f"{number}b"))
+            markers = feed.bent.markers[-2:]
+        expected.append(Applied(feed.bent.head, tuple(markers), start, clock.wall()))
+        await worker.follow.poll()
+        clock.advance(1)
+    assert one == two == expected
 
 
 async def test_a_watcher_is_sent_back_to_a_snapshot_by_another_history(
@@ -442,22 +596,21 @@ async def test_a_watcher_is_sent_back_to_a_snapshot_by_another_history(
     """Its deltas would leave out what the other history had below its own revision."""
     await feed.append(dead("a"))
     await worker.follow.poll()
-    watch = WatchChanges(feed, worker.follow, worker.state, clock)
+    watch = watching(feed, worker.follow, worker.state, clock)
     events = watch(worker.state.revision)
-    seen: list[Event] = [await anext(events), await anext(events)]
+    await until_beat(events)
     revision = await feed.append(dead("b"))
     await worker.follow.poll()
-    seen.append(await anext(events))
-    assert [(m.key, m.revision) for m in seen[-1].markers] == [(key("b"), revision)]
+    [delta] = await until_beat(events)
+    assert [(m.key, m.revision) for m in delta.delta.markers] == [(key("b"), revision)]
     another_fingerprint(feed)
     await worker.follow.poll()
     with pytest.raises(AuthError) as caught:
-        await anext(events)
+        await until_beat(events)
     assert caught.value.reason is Reason.REVISION_COMPACTED
     again = watch(0)
-    snapshot = await anext(again)
-    assert snapshot.snapshot
-    assert {m.key for m in snapshot.markers} == {key("a"), key("b"), EVERYTHING}
+    [snapshot] = await until_beat(again)
+    assert {m.key for m in snapshot.snapshot.markers} == {key("a"), key("b"), EVERYTHING}
     await again.aclose()
 
 
@@ -478,7 +631,7 @@ async def test_a_poke_polls_at_once(worker: Worker, feed: FaultyFeed) -> None:
             revision = await feed.append(dead(str(number)))
             worker.follow.poke()
             await until(lambda wanted=revision: worker.state.revision == wanted)  # type: ignore[misc]
-    assert len(feed.reads) == 6
+    assert len(feed.reads) == 7
 
 
 @pytest.mark.usefixtures("no_timer")

@@ -15,7 +15,6 @@ from google.protobuf.message_factory import GetMessageClass
 from structlog.testing import capture_logs
 
 from authsvc.errors import AuthError, Reason
-from authsvc.feed.watch import Event
 from authsvc.identify import Identify
 from authsvc.rpc.audit import AuditServicer
 from authsvc.rpc.auth import AuthServicer
@@ -81,7 +80,7 @@ class FailsLater:
         self._error = error
 
     async def __call__(self, *args: Any) -> AsyncIterator[Any]:
-        yield Event(1, snapshot=True, last=True)
+        yield auth_pb2.WatchChangesResponse().SerializeToString()
         raise self._error
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from authsvc.errors import AuthError, Reason
 from authsvc.store.port import Change, Done, FeedPage, Store
+from authsvc_client.core.markers import Marker
 from authsvc_client.v1 import auth_pb2, clients_pb2
 from tests.harness import (
     ADMIN,
@@ -283,6 +284,9 @@ class BrokenFeed:
 
     async def read(self, cursor: int) -> FeedPage:
         return await self._feed.read(cursor)
+
+    def pieces(self, head: int, rows: int) -> AsyncIterator[Sequence[Marker]]:
+        return self._feed.pieces(head, rows)
 
     async def begin(self, page: FeedPage) -> None:
         await self._feed.begin(page)

@@ -22,7 +22,7 @@ from authsvc.model import (
     SigningKey,
     TokenFormat,
 )
-from authsvc.store.port import Change, FeedPage, Store, Transition, change
+from authsvc.store.port import Change, FeedPage, Store, Transition, change, opening
 from authsvc_client.core.markers import MARKER_LIFETIME_S, Marker, MarkerKind, marker_key
 from authsvc_client.core.state import REVISIONS_PER_EPOCH
 from tests.store.conftest import Place
@@ -96,6 +96,12 @@ async def cutoff(place: Place, kind: MarkerKind, *ids: str) -> int:
 
 async def head(store: Store) -> int:
     return (await store.feed.read(0)).head
+
+
+async def live(store: Store, rows: int = 99) -> list[Marker]:
+    """What a follower begins with."""
+    pieces = store.feed.pieces(await head(store), rows)
+    return [marker async for piece in pieces for marker in piece]
 
 
 # Clients
@@ -303,7 +309,7 @@ async def test_suspending_cuts_off_at_its_revision_and_nothing_lowers_it(
     assert await cutoff(place, MarkerKind.CUTOFF_CLIENT, "one") == third > second
     assert len(await place.sql("SELECT key FROM cutoff")) == 1
     kinds = MarkerKind.CLIENT_CHANGED, MarkerKind.CUTOFF_CLIENT
-    markers = (await store.feed.read(0)).markers
+    markers = (await store.feed.read(1)).markers
     assert {(m.kind, m.key, m.revision) for m in markers} == {
         (kind, marker_key(kind, "one"), revision)
         for revision in (first, second, third)
@@ -362,7 +368,7 @@ async def test_the_catalog_holds_resources_with_their_scopes(store: Store) -> No
     assert catalog.owned_by("owner") == {full.resource_id}
     assert catalog.owner_of_scope == dict.fromkeys(full.scopes, full.resource_id)
     key = marker_key(MarkerKind.RESOURCE_CHANGED)
-    assert [(m.kind, m.key) for m in (await store.feed.read(0)).markers] == [
+    assert [(m.kind, m.key) for m in (await store.feed.read(1)).markers] == [
         (MarkerKind.RESOURCE_CHANGED, key)
     ] * 2
 
@@ -377,7 +383,7 @@ async def test_a_resource_that_is_refused_leaves_nothing(store: Store) -> None:
     ):
         assert (await refused(store.resources.add(other))).reason is reason
     assert (await store.resources.catalog()).by_id == {"first": first}
-    page = await store.feed.read(0)
+    page = await store.feed.read(1)
     assert page.head == revision
     assert {m.revision for m in page.markers} == {revision}
     await store.resources.add(a_resource("second", "fresh"))  # the scope was not kept either
@@ -420,7 +426,7 @@ async def test_changes_of_one_revision_are_written_once_and_kept_a_tokens_life(
 async def test_the_same_change_again_is_a_new_revision(store: Store) -> None:
     first = await store.feed.append(dead("a"))
     second = await store.feed.append(dead("a"))
-    assert [m.revision for m in (await store.feed.read(0)).markers] == [first, second]
+    assert [m.revision for m in (await store.feed.read(1)).markers] == [first, second]
     assert second == first + 1
 
 
@@ -438,18 +444,81 @@ async def test_many_changes_share_a_revision(store: Store) -> None:
     page = await store.feed.read(before)
     assert {m.revision for m in page.markers} == {revision}
     assert len(page.markers) == 3000
+    assert not page.more
 
 
-async def test_what_is_over_is_not_in_a_snapshot_but_after_a_cursor(place: Place) -> None:
+async def test_too_much_for_one_page_comes_in_pages_of_whole_revisions(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("authsvc.store.sql_feed.PAGE_ROWS", 10)
+    start = await head(store)
+    nonces = []
+    for number in range(9):
+        await store.feed.append(dead(*(f"{number} {n}" for n in range(4))))
+        nonces.append((await store.feed.read(0)).nonce)
+    newest = await head(store)
+    seen: list[int] = []
+    cursor, more = start, True
+    while more:
+        page = await store.feed.read(cursor)
+        assert {m.revision for m in page.markers} == set(range(cursor + 1, page.head + 1))
+        assert len(page.markers) == 4 * (page.head - cursor)
+        assert page.nonce == nonces[page.head - start - 1]
+        assert cursor == start or page.cursor_nonce == nonces[cursor - start - 1]
+        cursor, more = page.head, page.more
+        seen.append(page.head)
+    assert seen == [start + 3, start + 6, newest]
+
+
+async def test_what_is_over_does_not_live_but_comes_after_a_cursor(place: Place) -> None:
     store = place.open()
     start = await head(store)
     old = await store.feed.append(dead("old"))
     await place.outlive_markers()
     new = await store.feed.append(dead("new"))
-    assert [m.revision for m in (await store.feed.read(0)).markers] == [new]
+    assert [m.revision for m in await live(store)] == [new]
+    assert (await store.feed.read(0)).markers == ()
     assert [m.revision for m in (await store.feed.read(start)).markers] == [old, new]
     assert [m.revision for m in (await store.feed.read(old)).markers] == [new]
     assert (await store.feed.read(new)).markers == ()
+
+
+async def test_what_lives_comes_in_pieces_in_the_order_of_revisions(place: Place) -> None:
+    store = place.open()
+    first = await store.feed.append(dead("old"))
+    await place.outlive_markers()
+    for number in range(3):
+        await store.feed.append(dead(*(f"{number} {n}" for n in range(5))))
+    page = await store.feed.read(first)
+    await store.feed.append(dead("later"))
+    for rows in (1, 4, 5, 15, 99):
+        pieces = [piece async for piece in store.feed.pieces(page.head, rows)]
+        assert max(map(len, pieces)) == min(rows, 15)
+        found = [marker for piece in pieces for marker in piece]
+        assert found == sorted(page.markers, key=lambda m: (m.revision, m.kind, m.key))
+        assert len(await live(store, rows)) == 16
+    assert [piece async for piece in store.feed.pieces(0, 99)] == []
+
+
+async def test_pieces_of_a_database_that_is_behind_are_refused(store: Store) -> None:
+    """A standby that took over: what it lacks would be missed for good."""
+    revision = await store.feed.append(dead("a"))
+    with pytest.raises(AuthError) as refused:
+        await anext(store.feed.pieces(revision + 1, 99))
+    assert refused.value.reason is Reason.STORE_UNAVAILABLE
+
+
+async def test_between_two_pieces_nobody_is_held_up_and_none_is_lost(place: Place) -> None:
+    store = place.open()
+    await store.feed.append(dead(*(str(n) for n in range(10))))
+    head_ = await head(store)
+    pieces = store.feed.pieces(head_, 4)
+    found = list(await anext(pieces))
+    writer = place.open()
+    await writer.feed.append(dead("meanwhile"))
+    await writer.sweeps.compact()
+    found += [marker async for piece in pieces for marker in piece]
+    assert len({marker.key for marker in found}) == len(found) == 10
 
 
 async def test_each_revision_keeps_its_nonce(store: Store) -> None:
@@ -549,26 +618,28 @@ async def test_of_workers_with_one_page_one_raises_the_epoch(place: Place, cut_o
     await asyncio.gather(
         *(workers[n % 2].feed.raise_epoch(page, old + n, cut_off=cut_off) for n in range(8))
     )
-    opening = 2 * REVISIONS_PER_EPOCH
-    raised = await workers[1].feed.read(0)
-    assert raised.head == opening + cut_off
-    assert raised.compacted_to == opening
+    first = opening(old, page.time)
+    assert 2 * REVISIONS_PER_EPOCH <= first < 2.5 * REVISIONS_PER_EPOCH
+    raised = await workers[1].feed.read(1)
+    assert raised.head == first + cut_off
+    assert raised.compacted_to == first
     assert raised.known_fingerprint == "another"
     assert raised.nonce != page.nonce
     kind = MarkerKind.CUTOFF_EVERYTHING
     found = [(m.kind, m.key, m.revision) for m in raised.markers]
     expected = [(MarkerKind.TOKEN_DEAD, dead("old")[0].key, old)]
-    assert found == expected + [(kind, marker_key(kind), opening + 1)] * cut_off
+    assert found == expected + [(kind, marker_key(kind), first + 1)] * cut_off
     later = await workers[0].feed.append(dead("new"))
     await workers[0].feed.raise_epoch(page, old, cut_off=cut_off)  # who comes late finds it done
     assert await head(workers[0]) == later == raised.head + 1
-    assert await cutoff(place, kind) == (opening + 1) * cut_off
+    assert await cutoff(place, kind) == (first + 1) * cut_off
 
 
 async def test_an_epoch_opens_above_what_a_worker_has_applied(store: Store) -> None:
     page = await store.feed.read(0)
     await store.feed.raise_epoch(page, 5 * REVISIONS_PER_EPOCH + 7, cut_off=True)
-    assert await head(store) == 6 * REVISIONS_PER_EPOCH + 1
+    assert await head(store) == opening(5 * REVISIONS_PER_EPOCH, page.time) + 1
+    assert await head(store) // REVISIONS_PER_EPOCH == 6
 
 
 # Callers that go away

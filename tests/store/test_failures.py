@@ -99,7 +99,7 @@ async def test_postgres_stopped_at_once_is_unavailable_and_heals(own_postgres: P
             heals(lambda: store.clients.get("one")),
             heals(lambda: store.feed.read(0)),
         )
-        page = await store.feed.read(0)
+        page = await store.feed.read(1)
         assert kept in {m.revision for m in page.markers}
         assert await outcome(store.clients.add(a_client("three"))) is None
     finally:

@@ -318,7 +318,7 @@ async def test_whatever_two_workers_do_at_once_one_key_signs(place: Place, seed:
     watching = False
     assert await watcher > 3
     assert {reason for done in results for reason in done} <= {None, CONFLICT, MISSING}
-    page = await workers[0].feed.read(0)
+    page = await workers[0].feed.read(1)
     assert {m.revision for m in page.markers} == set(range(page.compacted_to + 1, page.head + 1))
     for key in await workers[1].keys.all():
         assert bool(key.sealed_private) is (key.state in (NEXT, CURRENT))

@@ -140,7 +140,7 @@ async def test_a_fence_cuts_off_everything_above_all_that_was_lost(
         revisions.append(await store.feed.fence())
         await _wait(place, 0.01)
     assert revisions == sorted(set(revisions))
-    page = await store.feed.read(0)
+    page = await store.feed.read(1)
     assert page.head == revisions[-1] < 2**53
     assert page.compacted_to == page.head - 1
     assert page.head // REVISIONS_PER_EPOCH == int(page.time // HOUR_S)
@@ -173,4 +173,5 @@ async def test_a_fence_is_above_a_lost_history_that_was_fenced_a_moment_ago(
 async def test_a_fence_goes_up_where_the_clock_is_wrong(place: Place, store: Store) -> None:
     ahead = 2**52
     await place.sql(f"UPDATE feed_head SET revision = {ahead}, compacted_to = {ahead}")
-    assert await store.feed.fence() == ahead + REVISIONS_PER_EPOCH + 1
+    found = await store.feed.fence()
+    assert found // REVISIONS_PER_EPOCH == ahead // REVISIONS_PER_EPOCH + 1

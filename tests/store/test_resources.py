@@ -50,7 +50,7 @@ async def test_edit_is_made_of_what_is_there_and_kept_whole(store: Store) -> Non
         A, scopes={"a.write": "Writes", "a.add": ""}, update_time=9.0, version=2
     )
     assert await _found(store) == changed
-    page = await store.feed.read(0)
+    page = await store.feed.read(1)
     assert (page.head, [m.revision for m in page.markers][-1]) == (revision, revision)
 
 

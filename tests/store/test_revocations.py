@@ -176,7 +176,7 @@ async def test_the_highest_cutoff_wins_in_any_order(
     """CVE-2026-18218: an older cutoff for all hid a newer one of the client."""
     first, second = [await store.feed.append([each]) for each in order]
     state = State(120.0)
-    state.apply((await store.feed.read(0)).markers, second)
+    state.apply((await store.feed.read(1)).markers, second)
     revs = (first - 1, first, second - 1, second)
     await add(store, *(a_grant(f"{at}", rev=rev) for at, rev in enumerate(revs)))
     assert await living(store, "0", "1", "2", "3") == {"3"}

@@ -126,7 +126,7 @@ async def test_deleted_key_is_gone_and_its_death_has_a_revision(store: Store) ->
     await store.api_keys.add(_key(1), 100)
     await store.api_keys.add(_key(2), 100)
     revision = await store.api_keys.delete("key-1")
-    page = await store.feed.read(0)
+    page = await store.feed.read(1)
     dead = change(MarkerKind.TOKEN_DEAD, "key-1")
     assert [(m.kind, m.key, m.revision) for m in page.markers] == [(dead.kind, dead.key, revision)]
     with pytest.raises(AuthError) as refused:

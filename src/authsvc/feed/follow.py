@@ -24,11 +24,14 @@ BEAT_LATE_S = 3.0
 """A beat that old confirms nothing. A commit that a lost standby holds up is seen when it is given
 up, `COMMAND_TIMEOUT_S` after its time at the least: too late for others to take it for one.
 """
+READ_S_MAX = 5.0
+"""A read that took longer says too little of the database's clock: this process may have slept."""
 STRONG_S = 5.0
 """Nothing is as of now that was confirmed so long ago."""
 HEAR_S = 0.003
 """After a message; what others say meanwhile is read with it."""
-WATCHER_CHANGES_MAX = 1024
+PIECE_MARKERS = 1024
+"""Of a snapshot: taking it in keeps nobody waiting for more than some milliseconds."""
 
 log = structlog.get_logger()
 
@@ -49,21 +52,6 @@ class Applied:
     """The database's clock at the read."""
     snapshot: bool = False
     """The markers do not continue those before: another history, or compacted meanwhile."""
-
-
-class Subscription:
-    """A watcher's bounded queue; `lost` once it was too slow."""
-
-    def __init__(self) -> None:
-        self.queue: asyncio.Queue[Applied] = asyncio.Queue(WATCHER_CHANGES_MAX)
-        self.lost = False
-
-    def offer(self, applied: Applied) -> None:
-        """Takes an event, or marks the watcher as lost; after a gap it gets nothing more."""
-        if self.queue.full():
-            self.lost = True
-        if not self.lost:
-            self.queue.put_nowait(applied)
 
 
 class Follow:
@@ -101,7 +89,24 @@ class Follow:
         self._lock = asyncio.Lock()
         self._asked: asyncio.Future[bool] | None = None
         """How the next read that begins will end."""
-        self._subscriptions: set[Subscription] = set()
+        self._told: list[Callable[[Applied], None]] = []
+
+    def still(self) -> Callable[[], Awaitable[None]]:
+        """Asks, once called, whether the database has what is applied now: what was read between
+        the two is of this history. It raises AuthError STORE_UNAVAILABLE where it is not.
+        """
+        revision, nonce = self._state.revision, self._nonce
+
+        async def ask() -> None:
+            page = await self._store.read(revision)
+            if page.compacted_to > revision or _is_another(page, revision, nonce):
+                raise AuthError(Reason.STORE_UNAVAILABLE, cause="changed while it was read")
+
+        return ask
+
+    def on_applied(self, tell: Callable[[Applied], None]) -> None:
+        """Has it told of each read that was applied; it must neither wait nor fail."""
+        self._told.append(tell)
 
     async def poll(self) -> None:
         """One read, applied, and confirmed if the database takes writes.
@@ -110,6 +115,8 @@ class Follow:
         """
         async with self._lock, self._telling():
             page = await self._step()
+            while page.more:
+                page = await self._step()
             if _is_due(page) and await self._is_beating():
                 await self._step()
         async with self._polled:
@@ -123,12 +130,15 @@ class Follow:
             raise AuthError(Reason.STORE_UNAVAILABLE, cause="a standby, behind or of another past")
         if self._is_other_history(page):
             await self._raise_epoch(page)
-            started = self._clock.boot()
             cursor, page = 0, await self._store.read(0)
         elif not (page.known_fingerprint or page.standby):
             await self._store.begin(page)
         if 0 < cursor < page.compacted_to:
             cursor, page = 0, await self._store.read(0)
+        if not cursor:
+            await self._load(page)
+            started = self._clock.boot()
+            page = await self._on_from(page)
         dropped = page.markers if cursor else (*page.markers, *_any_change(page))
         for listener in (*self._listeners, *self._loaders):
             await listener(dropped)
@@ -144,17 +154,40 @@ class Follow:
             page.time,
             snapshot=not cursor,
         )
-        for subscription in self._subscriptions:
-            subscription.offer(applied)
+        for tell in self._told:
+            tell(applied)
         if page.standby:
             raise AuthError(Reason.STORE_UNAVAILABLE, cause="a standby")
         return page
+
+    async def _load(self, page: FeedPage) -> None:
+        """Takes in what is live at a head, in pieces between which others have their turn. It kills
+        at once; the revision stays where it is, so what fails half way is done again.
+        """
+        async for piece in self._store.pieces(page.head, PIECE_MARKERS):
+            self._state.apply(piece, self._state.revision)
+            await asyncio.sleep(0)
+
+    async def _on_from(self, page: FeedPage) -> FeedPage:
+        """What came while a snapshot was taken, if it continues it.
+
+        Raises AuthError STORE_UNAVAILABLE where it does not: the pieces were of two histories.
+        """
+        after = await self._store.read(page.head)
+        is_same = after.fingerprint == page.fingerprint and after.compacted_to <= page.head
+        if not is_same or _is_another(after, page.head, page.nonce):
+            raise AuthError(Reason.STORE_UNAVAILABLE, cause="changed while it was read")
+        return after
 
     def _confirm(self, started: float, page: FeedPage) -> None:
         """Counts from the beat, and only from one that moved: a database that takes no writes is
         none that others revoke on, and its clock may be wrong.
         """
+        if self._clock.boot() - started > READ_S_MAX:
+            return
         since = 0.0
+        if page.more:
+            return
         if page.beat is not None:
             since = page.time - page.beat
             is_young = -BEAT_S < since < BEAT_LATE_S
@@ -197,13 +230,7 @@ class Follow:
     def _has_lost_commits(self, page: FeedPage) -> bool:
         """A lower head, or another change at the applied revision, proves it."""
         cursor = self._state.revision
-        if cursor == 0:
-            return False
-        if page.head < cursor:
-            return True
-        # At `compacted_to` the row may be gone; below it another worker may have raised the epoch.
-        is_known = cursor > page.compacted_to or page.cursor_nonce is not None
-        return cursor >= page.compacted_to and is_known and page.cursor_nonce != self._nonce
+        return cursor > 0 and _is_another(page, cursor, self._nonce)
 
     async def _raise_epoch(self, page: FeedPage) -> None:
         log.error("feed.other_history", head=page.head, applied=self._state.revision)
@@ -292,20 +319,19 @@ class Follow:
         except TimeoutError:
             log.warning("feed.slow_to_apply", revision=revision)
 
-    @asynccontextmanager
-    async def subscribe(self) -> AsyncIterator[Subscription]:
-        """Events from now on."""
-        subscription = Subscription()
-        self._subscriptions.add(subscription)
-        try:
-            yield subscription
-        finally:
-            self._subscriptions.discard(subscription)
-
 
 def _is_due(page: FeedPage) -> bool:
     """A beat of the future was written before the database's clock went back."""
     return page.beat is not None and not page.standby and abs(page.time - page.beat) >= BEAT_S
+
+
+def _is_another(page: FeedPage, cursor: int, nonce: str | None) -> bool:
+    """Whether what was read from a cursor does not continue what was known there."""
+    if page.head < cursor:
+        return True
+    # At `compacted_to` the row may be gone; below it another worker may have raised the epoch.
+    is_known = cursor > page.compacted_to or page.cursor_nonce is not None
+    return cursor >= page.compacted_to and is_known and page.cursor_nonce != nonce
 
 
 def _any_change(page: FeedPage) -> list[Marker]:

@@ -1,8 +1,7 @@
 """AuthService: decode, call the verb, encode."""
 
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Mapping, Sequence
 
 import structlog
 from google.protobuf.duration_pb2 import Duration
@@ -60,6 +59,7 @@ class AuthServicer:
         self._judged = Judged(validate, state, metrics)
         self._batch = Batch(self._judged)
         questions = Questions()
+        self.repeated = frozenset({"ValidateToken"})
         self.readers: Mapping[str, Read] = {
             "ValidateToken": questions.one,
             "BatchValidateTokens": questions.many,
@@ -171,14 +171,11 @@ class AuthServicer:
             registration_access_token=found.registration_token,
         )
 
-    async def WatchChanges(
+    def WatchChanges(
         self, request: auth_pb2.WatchChangesRequest, _call: Call
-    ) -> AsyncIterator[auth_pb2.WatchChangesResponse]:
+    ) -> AsyncGenerator[bytes, None]:
         """Snapshot, deltas, heartbeats."""
-        async with aclosing(self._watch(request.resume_revision)) as events:
-            async for event in events:
-                for message in convert.watched_pb(event):
-                    yield message
+        return self._watch(request.resume_revision)
 
     async def GetKeys(
         self, _request: auth_pb2.GetKeysRequest, _call: Call

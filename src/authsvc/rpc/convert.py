@@ -1,6 +1,5 @@
 """Between the wire's messages and the model's values; dull, and complete."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +8,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from authsvc.errors import AuthError, Reason, not_implemented
-from authsvc.feed.watch import Event
+from authsvc.feed.recent import Beat, Event
 from authsvc.grants.proof import Exchange, Password
 from authsvc.identify import NEVER
 from authsvc.mint import TokenAnswer
@@ -21,8 +20,7 @@ from authsvc.model import (
 from authsvc.rpc.limits import field_invalid
 from authsvc.validate import Answer
 from authsvc_client.core.claims import Claims
-from authsvc_client.core.judge import Question, Verdict
-from authsvc_client.core.markers import Marker
+from authsvc_client.core.judge import REUSABLE_S, Question, Verdict, Verified
 from authsvc_client.core.step_up import NO_STEP_UP, StepUp, is_acr
 from authsvc_client.v1 import auth_pb2, error_reason_pb2, keys_pb2, resources_pb2
 
@@ -150,7 +148,7 @@ def issued_pb(answer: TokenAnswer) -> auth_pb2.IssuedToken:
 class Asked:
     """What a ValidateTokenRequest asks, whoever sends it: made once for the same bytes."""
 
-    __slots__ = ("_question", "at_least", "full", "request", "strong", "token", "view")
+    __slots__ = ("_question", "again", "at_least", "full", "request", "strong", "token", "view")
 
     def __init__(self, request: auth_pb2.ValidateTokenRequest) -> None:
         """Raises AuthError NOT_IMPLEMENTED for what is not judged yet."""
@@ -166,6 +164,8 @@ class Asked:
             if request.presenter.HasField("dpop"):
                 raise not_implemented("presenter dpop")
             thumbprint = request.presenter.certificate_thumbprint
+        self.again = False
+        """Whether it was asked before."""
         self.request = request
         self.token = request.token
         self.view = request.view
@@ -204,28 +204,47 @@ class VerdictEncoder:
         self._active = auth_pb2.ValidateTokenResponse(active=True)
         self._check_time = self._active.check_time
         self._reusable_until = self._active.reusable_until
+        self._again = (0, 0)
+        self._same = b""
 
     def __call__(self, answer: Answer, view: auth_pb2.TokenView.ValueType) -> bytes:
         verdict, held = answer
         verified = verdict.verified
         if not verdict.active or verified is None:
             return bytes(_refusal_pb(verdict).SerializeToString())
-        self._active.revision = verdict.revision
-        _set_time(self._check_time, verdict.check_time)
-        _set_time(self._reusable_until, verdict.reusable_until)
-        raw = bytes(self._active.SerializeToString())
-        if view < auth_pb2.TOKEN_VIEW_CLAIMS:
-            return raw
-        if verified.encoded is None:
-            claims = auth_pb2.ValidateTokenResponse(claims=claims_pb(verified.claims))
-            verified.encoded = claims.SerializeToString()
-        raw += bytes(verified.encoded)
+        raw = self.active(verdict.revision, verdict.check_time, verdict.reusable_until)
+        raw += self.claims(verified, view)
         if view != auth_pb2.TOKEN_VIEW_FULL or held is None:
             return raw
         if held.encoded is None:
             permissions = auth_pb2.ValidateTokenResponse(permissions=sorted(held.names))
             held.encoded = permissions.SerializeToString()
         return raw + held.encoded
+
+    def active(self, revision: int, check_time: float, reusable_until: float) -> bytes:
+        """What every active answer begins with."""
+        self._active.revision = revision
+        _set_time(self._check_time, check_time)
+        _set_time(self._reusable_until, reusable_until)
+        return bytes(self._active.SerializeToString())
+
+    def again(self, revision: int, check_time: float) -> bytes:
+        """As `active`, in whole milliseconds: those of one say the same."""
+        tick = (revision, int(check_time * 1000))
+        if tick != self._again:
+            check_time = tick[1] / 1000
+            self._same = self.active(revision, check_time, check_time + REUSABLE_S)
+            self._again = tick
+        return self._same
+
+    def claims(self, verified: Verified, view: auth_pb2.TokenView.ValueType) -> bytes:
+        """What comes behind: nothing, or the claims."""
+        if view < auth_pb2.TOKEN_VIEW_CLAIMS:
+            return b""
+        if verified.encoded is None:
+            claims = auth_pb2.ValidateTokenResponse(claims=claims_pb(verified.claims))
+            verified.encoded = claims.SerializeToString()
+        return bytes(verified.encoded)
 
 
 def _refusal_pb(verdict: Verdict) -> auth_pb2.ValidateTokenResponse:
@@ -289,36 +308,24 @@ def _actor_pb(actors: tuple[str, ...]) -> auth_pb2.Actor | None:
     return outermost
 
 
-def marker_pb(marker: Marker) -> auth_pb2.Marker:
-    """One change of the feed."""
-    return auth_pb2.Marker(
-        kind=auth_pb2.MarkerKind.ValueType(marker.kind),
-        key=marker.key,
-        revision=marker.revision,
-        until=timestamp(marker.until),
-    )
-
-
-def watched_pb(event: Event) -> Iterator[auth_pb2.WatchChangesResponse]:
-    """A chunk of the snapshot; or what changed, if anything did, and the heartbeat after it."""
-    content: dict[str, Any] = {
-        "revision": event.revision,
-        "markers": [marker_pb(marker) for marker in event.markers],
-        "keys": [auth_pb2.Jwk(**jwk) for jwk in event.keys],
-        "staleness": [
-            auth_pb2.ResourceStaleness(
-                resource_id=audience, staleness_max=Duration(seconds=int(seconds))
-            )
-            for audience, seconds in sorted(event.staleness.items())
-        ],
-    }
-    if event.snapshot:
-        chunk = auth_pb2.SnapshotChunk(last=event.last, **content)
-        yield auth_pb2.WatchChangesResponse(snapshot=chunk)
-        return
-    if event.markers or event.keys or event.staleness:
-        yield auth_pb2.WatchChangesResponse(delta=auth_pb2.Delta(**content))
-    age = Duration()
-    age.FromMilliseconds(int(event.age_s * 1000))
-    beat = auth_pb2.Heartbeat(revision=event.revision, age=age, database_time=timestamp(event.time))
-    yield auth_pb2.WatchChangesResponse(heartbeat=beat)
+def watched(event: Event | Beat) -> bytes:
+    """A message of WatchChanges."""
+    message = auth_pb2.WatchChangesResponse()
+    if isinstance(event, Beat):
+        beat = message.heartbeat
+        beat.revision = event.revision
+        beat.age.FromMilliseconds(int(event.age_s * 1000))
+        _set_time(beat.database_time, event.time)
+        return message.SerializeToString()
+    part: Any = message.snapshot if event.snapshot else message.delta
+    part.revision = event.revision
+    add = part.markers.add  # in place: a snapshot has many
+    for marker in event.markers:
+        added = add(kind=int(marker.kind), key=marker.key, revision=marker.revision)
+        _set_time(added.until, marker.until)
+    part.keys.extend(auth_pb2.Jwk(**jwk) for jwk in event.keys)
+    for audience, seconds in sorted(event.staleness.items()):
+        part.staleness.add(resource_id=audience, staleness_max=Duration(seconds=int(seconds)))
+    if event.last:
+        part.last = True
+    return message.SerializeToString()

@@ -6,7 +6,15 @@ COMMIT_UNKNOWN (it is not known whether it was done).
 
 import math
 import os
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -35,6 +43,7 @@ from authsvc.model import (
     UserState,
 )
 from authsvc_client.core.markers import Marker, MarkerKind, marker_key
+from authsvc_client.core.state import REVISIONS_PER_EPOCH
 
 
 class Change(NamedTuple):
@@ -89,6 +98,7 @@ Done = Sequence[tuple[Act, Touched]]
 """Who did what, for the audit."""
 NOTHING = Touched()
 
+HOUR_S = 3600
 ANY_KEY = b""
 """What a listener gets for a key after a snapshot: any row of the kind may have changed."""
 
@@ -171,13 +181,26 @@ class FeedPage:
     nonce: str
     time: float
     markers: tuple[Marker, ...]
-    """Those above the cursor; from cursor 0 all that are not over."""
+    """Those above the cursor; from cursor 0 none."""
     cursor_nonce: str | None
     """Nonce of the revision at the cursor, where it is still there."""
     beat: float | None = None
     """When the database last took a beat; None where there are no two of it."""
     standby: bool = False
     """It only repeats another database, so far."""
+    more: bool = False
+    """The feed goes on after `head`, which is only as far as this page goes."""
+
+
+def opening(above: int, time: float) -> int:
+    """The first revision of the next epoch, told by the time in the lower half of its numbers.
+
+    The epoch of a history that was lost may have the same number: whoever has seen that must not
+    take what follows for what it knows, so it finds itself below this one.
+    """
+    epoch = above // REVISIONS_PER_EPOCH + 1
+    share = time % HOUR_S / HOUR_S
+    return epoch * REVISIONS_PER_EPOCH + int(share * (REVISIONS_PER_EPOCH // 2))
 
 
 def client_changes(client_id: str, *, cut_off: bool) -> list[Change]:
@@ -478,7 +501,16 @@ class FeedStore(Protocol):
         """
 
     async def read(self, cursor: int) -> FeedPage:
-        """Head and changes after `cursor` in one statement, from the primary."""
+        """Head and changes after `cursor` in one statement, from the primary; of cursor 0 the head
+        alone: what lives comes in `pieces`. Of too many changes the first revisions.
+        """
+
+    def pieces(self, head: int, rows: int) -> AsyncIterator[Sequence[Marker]]:
+        """The markers up to `head` that are not over, in the order of revisions; so many at once,
+        each piece by a statement of its own, between which no transaction is open.
+
+        AuthError STORE_UNAVAILABLE where it was not yet at `head` who answered.
+        """
 
     async def begin(self, page: FeedPage) -> None:
         """Ties a fresh feed to the database that answered with `page`."""

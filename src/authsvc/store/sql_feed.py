@@ -1,25 +1,30 @@
 """The feed in SQL. Revisions have no gaps: they come from one row, locked last."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
     Select,
+    and_,
     bindparam,
     func,
     insert,
     null,
     select,
     text,
+    true,
+    tuple_,
     update,
 )
 from sqlalchemy.exc import NoResultFound
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from authsvc.errors import AuthError, Reason
 from authsvc.model import Touched
 from authsvc.store.port import (
+    HOUR_S,
     NOTHING,
     Change,
     Done,
@@ -27,6 +32,7 @@ from authsvc.store.port import (
     change,
     distinct,
     nonce,
+    opening,
     touched_by,
 )
 from authsvc.store.sql import TIME, Database, note
@@ -35,6 +41,7 @@ from authsvc.store.tables import BEAT, FEED, FEED_HEAD
 from authsvc_client.core.markers import (
     CUTOFF_KINDS,
     MARKER_LIFETIME_S,
+    Marker,
     MarkerKind,
     read_marker,
 )
@@ -57,7 +64,9 @@ _BEAT = text(
     f"UPDATE beat SET time = {TIME['postgresql']} WHERE id IN (SELECT id FROM beat WHERE"  # noqa: S608
     f" abs({TIME['postgresql']} - time) >= :every_s FOR UPDATE SKIP LOCKED)"
 )
-HOUR_S = 3600
+PAGE_ROWS = 4096
+"""Of one read, and what else the last revision holds: a few milliseconds of its caller's loop."""
+_NO_REVISION = 2**63 - 1
 _CUT_OFF_SQLITE = text(
     "INSERT INTO cutoff (key, revision) VALUES (:key, :revision)"
     " ON CONFLICT (key) DO UPDATE SET revision = excluded.revision"
@@ -238,14 +247,26 @@ class SqlFeed:
 
     def __init__(self, database: Database) -> None:
         self._db = database
-        self._read_from = self._reading(FEED.c.revision >= bindparam("cursor"))
-        self._read_all = self._reading(FEED.c.until > select(database.time).scalar_subquery())
+        self._read_from = self._reading()
+        self._piece = self._a_piece()
         self._lock_head = select(
             FEED_HEAD.c.revision, database.time.label("time")
         ).with_for_update()
 
-    def _reading(self, wanted: ColumnElement[bool]) -> Select[Any]:
-        """Head and rows: each by an index, so a statement for each kind of read."""
+    def _reading(self) -> Select[Any]:
+        """Head and rows, with the last revision that has a place where there are too many."""
+        last = (
+            select(FEED.c.revision)
+            .where(FEED.c.revision > bindparam("cursor"))
+            .order_by(FEED.c.revision)
+            .limit(1)
+            .offset(bindparam("most"))
+            .scalar_subquery()
+        )
+        wanted = and_(
+            FEED.c.revision >= bindparam("cursor"),
+            FEED.c.revision <= func.coalesce(last, _NO_REVISION),
+        )
         head = FEED_HEAD.c
         # A SQLite file has no second copy that it could be taken for. A missing row is no beat.
         beat: ColumnElement[Any] = null()
@@ -260,8 +281,31 @@ class SqlFeed:
             self._db.fingerprint.label("live_fingerprint"),
             self._db.standby.label("standby"),
             beat.label("beat"),
+            last.label("last"),
             *(FEED.c[name] for name in ("revision", "kind", "key", "until", "nonce")),
         ).select_from(FEED_HEAD.outerjoin(FEED, wanted))
+
+    def _a_piece(self) -> Select[Any]:
+        """By the primary key, from the row after the last one; with the head of who answers."""
+        feed = FEED.c
+        after = tuple_(bindparam("revision"), bindparam("kind"), bindparam("key"))
+        piece = (
+            select(feed.revision, feed.kind, feed.key, feed.until)
+            .where(
+                tuple_(feed.revision, feed.kind, feed.key) > after,
+                feed.revision <= bindparam("head"),
+                feed.until > select(self._db.time).scalar_subquery(),
+            )
+            .order_by(feed.revision, feed.kind, feed.key)
+            .limit(bindparam("rows"))
+            .subquery()
+        )
+        return (
+            select(piece, FEED_HEAD.c.revision.label("head"))
+            .select_from(FEED_HEAD.outerjoin(piece, true()))
+            .where(FEED_HEAD.c.id == 1)
+            .order_by(piece.c.revision, piece.c.kind, piece.c.key)
+        )
 
     async def close(self) -> None:
         """Gives connections back."""
@@ -285,27 +329,27 @@ class SqlFeed:
 
     async def read(self, cursor: int) -> FeedPage:
         """See FeedStore."""
+        wanted = {"cursor": cursor or _NO_REVISION, "most": PAGE_ROWS}
         async with self._db.read(follower=True) as connection:
-            if cursor:
-                found = await connection.execute(self._read_from, {"cursor": cursor})
-            else:
-                found = await connection.execute(self._read_all)
-            rows = found.all()
+            rows = (await connection.execute(self._read_from, wanted)).all()
             if not rows:
                 raise NoResultFound("feed_head has no row")
         first = rows[0]
         at_cursor = {row.nonce for row in rows if row.revision == cursor}
         if first.head == cursor:
             at_cursor.add(first.head_nonce)
+        head, head_nonce = first.head, first.head_nonce
+        if first.last is not None:
+            head, head_nonce = max((row.revision, row.nonce) for row in rows)
         return FeedPage(
-            head=first.head,
+            head=head,
             compacted_to=first.compacted_to,
             fingerprint=first.live_fingerprint,
             known_fingerprint=first.fingerprint,
-            nonce=first.head_nonce,
+            nonce=head_nonce,
             time=float(first.time),
             markers=tuple(
-                read_marker(row.kind, bytes(row.key), row.revision, row.until)
+                read_marker(row.kind, row.key, row.revision, row.until)
                 for row in sorted(
                     (r for r in rows if r.revision is not None and r.revision > cursor),
                     key=lambda r: int(r.revision),
@@ -314,7 +358,26 @@ class SqlFeed:
             cursor_nonce=at_cursor.pop() if len(at_cursor) == 1 else None,
             beat=first.beat,
             standby=bool(first.standby),
+            more=head < first.head,
         )
+
+    async def pieces(self, head: int, rows: int) -> AsyncIterator[Sequence[Marker]]:
+        """See FeedStore."""
+        after: dict[str, Any] = {"revision": -1, "kind": 0, "key": b""}
+        while True:
+            wanted = {**after, "head": head, "rows": rows}
+            async with self._db.read(follower=True) as connection:
+                found = (await connection.execute(self._piece, wanted)).all()
+            if not found or found[0].head < head:  # of a standby that is not so far
+                raise AuthError(Reason.STORE_UNAVAILABLE, cause="below the head that was read")
+            if found[0].revision is not None:
+                yield [
+                    read_marker(kind, key, revision, until)
+                    for revision, kind, key, until, _ in found
+                ]
+            if len(found) < rows or found[0].revision is None:
+                return
+            after = dict(zip(after, found[-1], strict=False))
 
     async def beat(self, every_s: float) -> None:
         """See FeedStore."""
@@ -339,15 +402,14 @@ class SqlFeed:
         await self._db.to_the_end(self._raise_epoch(page, above, cut_off=cut_off))
 
     async def _raise_epoch(self, page: FeedPage, above: int, *, cut_off: bool) -> None:
-        epoch = max(page.head, above) // REVISIONS_PER_EPOCH + 1
-        opening = epoch * REVISIONS_PER_EPOCH
+        first = opening(max(page.head, above), page.time)
         async with self._db.write() as connection:
             moved = await connection.execute(
                 update(FEED_HEAD)
-                .where(FEED_HEAD.c.revision < opening)
+                .where(FEED_HEAD.c.revision < first // REVISIONS_PER_EPOCH * REVISIONS_PER_EPOCH)
                 .values(
-                    revision=opening,
-                    compacted_to=opening,
+                    revision=first,
+                    compacted_to=first,
                     fingerprint=page.fingerprint,
                     nonce=nonce(),
                 )
@@ -355,7 +417,7 @@ class SqlFeed:
             if moved.rowcount and cut_off:
                 await advance(self._db, connection, [change(MarkerKind.CUTOFF_EVERYTHING)])
             elif moved.rowcount:
-                await record(self._db, connection, NOTHING, revision=opening)
+                await record(self._db, connection, NOTHING, revision=first)
 
     async def fence(self) -> int:
         """See FeedStore."""
@@ -367,13 +429,13 @@ class SqlFeed:
             head = found.one()
             # An epoch for each hour since 1970, below 2**53 until 2209, and a million revisions for
             # each second of it: above a lost history, had it been fenced a moment ago.
-            opening = int(head.time / HOUR_S * REVISIONS_PER_EPOCH)
-            if opening <= head.revision:
-                opening = (head.revision // REVISIONS_PER_EPOCH + 1) * REVISIONS_PER_EPOCH
+            first = int(head.time / HOUR_S * REVISIONS_PER_EPOCH)
+            if first <= head.revision:
+                first = opening(head.revision, head.time)
             await connection.execute(
                 update(FEED_HEAD).values(
-                    revision=opening,
-                    compacted_to=opening,
+                    revision=first,
+                    compacted_to=first,
                     fingerprint=self._db.fingerprint,
                     nonce=nonce(),
                 )

@@ -12,6 +12,7 @@ from .core.watched import OutOfStep, Watched
 from .watcher import Reconnecting
 
 _log = logging.getLogger("authsvc_client")
+_OVER = object()
 
 
 class SyncWatcher:
@@ -61,13 +62,18 @@ class SyncWatcher:
                 return
             for response in call:
                 silence.broken()
-                with self._lock:
-                    self._reconnecting.take(response)
+                self._take(response)
                 if response.HasField("heartbeat"):
                     self._confirmed.set()
         finally:
             silence.end()
             call.cancel()
+
+    def _take(self, response: Any) -> None:
+        steps, is_over = self._reconnecting.take(response), False
+        while not is_over:
+            with self._lock:
+                is_over = next(steps, _OVER) is _OVER
 
 
 class _Silence:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from random import random  # noqa: TID251 - spreads load, keeps no secret
 from typing import Any
 
@@ -20,6 +20,8 @@ from .v1 import auth_pb2
 SILENT_S_MAX = 5.0
 """A heartbeat is due every second: whoever is silent for longer is gone."""
 PAUSE_S_MIN, PAUSE_S_MAX = 0.1, 2.0
+STEP_MARKERS = 256
+"""Of a chunk: taking so many in holds nobody up."""
 
 _log = logging.getLogger("authsvc_client")
 
@@ -41,9 +43,9 @@ class Reconnecting:
         """For the stream that is opened now."""
         return auth_pb2.WatchChangesRequest(resume_revision=self._watched.open(self._now()))
 
-    def take(self, response: auth_pb2.WatchChangesResponse) -> None:
-        """Applies an event; raises OutOfStep."""
-        apply(self._watched, response, self._now())
+    def take(self, response: auth_pb2.WatchChangesResponse) -> Iterator[None]:
+        """Applies an event, in steps between which others have their turn; raises OutOfStep."""
+        yield from apply(self._watched, response, self._now())
         if response.HasField("heartbeat"):
             self._pause_s = 0.0
             if self._is_down:
@@ -109,25 +111,26 @@ class Watcher:
                     response = await call.read()
                 if response is grpc.aio.EOF:
                     return
-                self._reconnecting.take(response)
+                for _ in self._reconnecting.take(response):
+                    await asyncio.sleep(0)
                 if response.HasField("heartbeat"):
                     self._confirmed.set()
         finally:
             call.cancel()
 
 
-def apply(watched: Watched, response: auth_pb2.WatchChangesResponse, boot: float) -> None:
-    """Applies one event, received at boot time `boot`; raises OutOfStep."""
+def apply(watched: Watched, response: auth_pb2.WatchChangesResponse, boot: float) -> Iterator[None]:
+    """Applies one event, received at boot time `boot`, in steps; raises OutOfStep."""
     kind = response.WhichOneof("event")
     if kind == "snapshot":
         chunk = response.snapshot
-        watched.snapshot(
-            chunk.revision,
-            _markers(chunk.markers),
-            _keys(chunk.keys),
-            _staleness(chunk.staleness),
-            last=chunk.last,
-        )
+        keys, staleness = _keys(chunk.keys), _staleness(chunk.staleness)
+        for start in range(0, max(1, len(chunk.markers)), STEP_MARKERS):
+            end = start + STEP_MARKERS
+            markers = _markers(chunk.markers[start:end])
+            is_last = chunk.last and end >= len(chunk.markers)
+            watched.snapshot(chunk.revision, markers, keys, staleness, last=is_last)
+            yield
     elif kind == "delta":
         delta = response.delta
         watched.delta(

@@ -1,11 +1,22 @@
 """What is dead at which revision, which keys verify, and how old that knowledge is."""
 
+import tracemalloc
+from collections.abc import Iterable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from authsvc_client.core import state as module
 from authsvc_client.core.jws import KeyRefused
-from authsvc_client.core.markers import LEEWAY_S, MARKER_LIFETIME_S, MarkerKind, marker_key
+from authsvc_client.core.markers import (
+    LEEWAY_S,
+    MARKER_LIFETIME_S,
+    Marker,
+    MarkerKind,
+    marker_key,
+    read_marker,
+)
 from authsvc_client.core.reason import Reason
 from authsvc_client.core.state import REVISIONS_PER_EPOCH, State
 
@@ -53,8 +64,132 @@ def test_of_two_equal_marks_the_later_end_counts(ends: tuple[int, int]) -> None:
     assert state.cutoff((marker_key(MarkerKind.CUTOFF_CLIENT, "shop"),)) == REVISION + 1
     state.confirm(BOOT + 9000, NOW + 9000)  # both ends at once
     assert not state.is_dead(DEAD)
-    assert not state._dead
-    assert not state._marked
+    assert not any(state._dead)
+    assert not state._seconds
+
+
+# Many
+
+
+def _marks(count: int, until: float, start: int = 0) -> Iterable[Marker]:
+    kind = MarkerKind.TOKEN_DEAD
+    for number in range(start, start + count):
+        yield Marker(kind, marker_key(kind, str(number)), REVISION, until)
+
+
+def _dead(state: State) -> int:
+    return sum(map(len, state._dead))
+
+
+def test_a_live_mark_takes_a_hundred_bytes() -> None:
+    count = 30_000
+    tracemalloc.start()
+    try:
+        state = _state()
+        before, _ = tracemalloc.get_traced_memory()
+        for start in range(0, count, 20):  # one after another, as they come
+            state.apply(_marks(20, NOW + start / 10 + 4000, start), REVISION)
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # The allocator rounds each key of 49 bytes up to 64.
+    assert (after - before) / count + 15 < 120
+
+
+def test_no_part_of_the_marks_is_large() -> None:
+    state = _state()
+    state.apply(_marks(50_000, NOW + 4000), REVISION)
+    assert max(map(len, state._dead)) < 500
+    assert _dead(state) == 50_000
+
+
+def test_what_runs_out_in_one_second_goes_in_pieces_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_SWEEP_MAX", 1000)
+    state = _state()
+    state.apply(_marks(20_000, NOW + 50), REVISION)
+    state.apply(_marks(5000, NOW + 5000, 20_000), REVISION)
+    state.apply(
+        (marker(MarkerKind.CUTOFF_SUBJECT, str(n), until=NOW + 50) for n in range(3000)), REVISION
+    )
+    left, elapsed = _dead(state) + len(state._cutoffs), 49
+    assert left == 28_000
+    while left > 5000:
+        elapsed += 1
+        state.confirm(BOOT + elapsed, NOW + elapsed)
+        assert left - 1000 <= _dead(state) + len(state._cutoffs)
+        left = _dead(state) + len(state._cutoffs)
+        assert elapsed < 50 + 30
+    assert all(state.is_dead(one.key) for one in _marks(5000, 0, 20_000))
+    assert not state._cutoffs
+
+
+def test_what_is_marked_and_cut_off_again_and_again_holds_nothing_else_up() -> None:
+    state = _state()
+    again = marker(MarkerKind.TOKEN_DEAD, "again"), marker(MarkerKind.CUTOFF_CLIENT, "again")
+    for elapsed in range(0, 5000, 10):
+        for kind in (MarkerKind.TOKEN_DEAD, MarkerKind.CUTOFF_CLIENT):
+            state.apply([marker(kind, str(elapsed), until=NOW + elapsed + 50)], REVISION)
+        state.apply([one._replace(until=NOW + elapsed + 60) for one in again], REVISION)
+        state.confirm(BOOT + elapsed, NOW + elapsed)
+        assert state.is_dead(again[0].key)
+        assert state.cutoff((again[1].key,))
+    assert _dead(state) < 10
+    assert len(state._cutoffs) < 10
+    assert len(state._seconds) < 20
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.integers(0, 30), st.integers(1, 200)),  # a mark, and how long it lives
+            st.integers(1, 60),  # seconds pass
+        ),
+        max_size=80,
+    )
+)
+def test_no_mark_goes_before_its_end_and_all_go_after(
+    events: list[tuple[int, int] | int],
+) -> None:
+    state, elapsed = _state(), 0
+    ends: dict[int, int] = {}
+    for event in events:
+        if isinstance(event, int):
+            elapsed += event
+            state.confirm(BOOT + elapsed, NOW + elapsed)
+        else:
+            number, lives = event
+            ends[number] = max(ends.get(number, 0), elapsed + lives)
+            for kind in (MarkerKind.TOKEN_DEAD, MarkerKind.CUTOFF_CLIENT):
+                one = marker(kind, str(number), until=NOW + elapsed + lives)
+                state.apply([one], REVISION)
+        for number, end in ends.items():
+            if end > elapsed:
+                assert state.is_dead(marker_key(MarkerKind.TOKEN_DEAD, str(number)))
+                assert state.cutoff((marker_key(MarkerKind.CUTOFF_CLIENT, str(number)),))
+    elapsed += 300
+    state.confirm(BOOT + elapsed, NOW + elapsed)
+    assert not any(state._dead)
+    assert not state._cutoffs
+
+
+@pytest.mark.parametrize("until", [-1e9, 1.0, 1e11])
+def test_an_end_of_any_size_is_an_end(until: float) -> None:
+    state = _state()
+    state.apply([marker(MarkerKind.TOKEN_DEAD, "jti-1", until=until)], REVISION)
+    state.apply([marker(MarkerKind.CUTOFF_CLIENT, "shop", until=until)], REVISION)
+    state.confirm(BOOT + 100, NOW + 100)
+    assert state.is_dead(DEAD) is (until > NOW)
+    cutoff = state.cutoff((marker_key(MarkerKind.CUTOFF_CLIENT, "shop"),))
+    assert cutoff == (REVISION + 1 if until > NOW else 0)
+
+
+@pytest.mark.parametrize("key", [b"", b"short", bytes(17)])
+def test_a_key_that_no_version_makes_kills_everything(key: bytes) -> None:
+    state = _state()
+    state.apply([read_marker(MarkerKind.TOKEN_DEAD, key, REVISION, NOW + 100)], REVISION)
+    assert state.everything == REVISION
 
 
 def test_a_cutoff_of_everything_is_kept_for_good_whatever_its_key() -> None:

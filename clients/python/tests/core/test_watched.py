@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 
 from authsvc_client.core.markers import Marker, MarkerKind, marker_key, read_marker
 from authsvc_client.core.state import REVISIONS_PER_EPOCH, State, StateStale
-from authsvc_client.core.watched import DELAY_S_MAX, OPENING_S_MAX, OutOfStep, Watched
+from authsvc_client.core.watched import (
+    DELAY_S_MAX,
+    OPENING_S_MAX,
+    OPENINGS_MAX,
+    OutOfStep,
+    Watched,
+)
 
 EPOCH = REVISIONS_PER_EPOCH
 AHEAD = 1_700_000_000.0
@@ -85,7 +91,22 @@ def test_snapshot_that_took_long_is_followed_by_a_stream_that_resumes() -> None:
     with pytest.raises(OutOfStep):
         stream.beat()
     assert stream.state.age(stream.boot) < 10  # older than it is, never younger
-    assert stream.opened(took_s=OPENING_S_MAX + 1) == stream.head
+    assert stream.opened() == stream.head
+    stream.beat()
+    assert stream.state.age(stream.boot) < 1
+
+
+def test_stream_that_took_long_to_open_is_opened_again_unless_all_of_them_take_long() -> None:
+    """Else each confirmation by it would look as much older as it took, for as long as it lasts."""
+    stream = Stream()
+    for _ in range(2):
+        stream.opened()
+        stream.beat()
+        for _ in range(OPENINGS_MAX - 1):
+            assert stream.opened(took_s=OPENING_S_MAX + 3) == stream.head
+            with pytest.raises(OutOfStep):
+                stream.beat()
+    stream.opened(took_s=OPENING_S_MAX + 1)
     stream.beat()
     assert stream.state.age(stream.boot) < OPENING_S_MAX + 1.2
 

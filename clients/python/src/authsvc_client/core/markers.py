@@ -1,8 +1,8 @@
 """Markers: what the feed says of dead tokens, cutoffs and changes, and how their keys are made."""
 
 import hashlib
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 KEY_BYTES = 16
 
@@ -59,15 +59,14 @@ CUTOFF_KINDS = frozenset(
 
 def marker_key(kind: MarkerKind, *ids: str) -> bytes:
     """16-byte key of a marker: small, and a watcher cannot read who it is about."""
-    preimage = bytes((kind,))
+    preimage = _BYTES[kind]
     for text in ids:
         raw = text.encode()
         preimage += len(raw).to_bytes(4, "big") + raw
     return hashlib.sha256(preimage).digest()[:KEY_BYTES]
 
 
-@dataclass(frozen=True, slots=True)
-class Marker:
+class Marker(NamedTuple):
     """One change of the feed."""
 
     kind: MarkerKind
@@ -78,11 +77,15 @@ class Marker:
 
 
 def read_marker(kind: int, key: bytes, revision: int, until: float) -> Marker:
-    """A marker as it was stored or sent. One of a kind that only a newer version knows may kill
-    any token, so it kills them all.
+    """A marker as it was stored or sent. One that only a newer version understands may kill any
+    token, so it kills them all.
     """
-    try:
-        return Marker(MarkerKind(kind), key, revision, until)
-    except ValueError:
-        everything = MarkerKind.CUTOFF_EVERYTHING
-        return Marker(everything, marker_key(everything), revision, until)
+    known = _KINDS.get(kind)
+    if known is None or len(key) != KEY_BYTES:
+        known = MarkerKind.CUTOFF_EVERYTHING
+        key = marker_key(known)
+    return Marker(known, key, revision, until)
+
+
+_KINDS = {int(kind): kind for kind in MarkerKind}
+_BYTES = {kind: bytes((kind,)) for kind in MarkerKind}

@@ -10,7 +10,11 @@ from .state import REVISIONS_PER_EPOCH, State
 DELAY_S_MAX = 5.0
 """An event that was longer under way speaks of a moment too long ago to go by."""
 OPENING_S_MAX = 1.0
-"""A snapshot that took longer says too little of the database's clock: resuming says more."""
+"""A stream that took longer to open says too little of the database's clock, for as long as it
+lasts: opened again it says more.
+"""
+OPENINGS_MAX = 3
+"""Where so many in a row took long, more would."""
 
 Keys = Iterable[Mapping[str, Any]]
 
@@ -34,6 +38,8 @@ class Watched:
         self.state = state
         self._has_snapshot = self._resumes = False
         self._opened = 0.0
+        self._slow = 0
+        """Streams in a row that took long to open."""
         self._ahead: float | None = None
         """Of the database's clock to the boot-time clock, at most."""
         self._staged: tuple[int, Keys, Mapping[str, float]] | None = None
@@ -102,17 +108,21 @@ class Watched:
         if not self._has_snapshot or revision != self.state.revision:
             self.forget()
             raise OutOfStep("a heartbeat of another revision")
-        opening_s = boot - self._opened if self._ahead is None else 0.0
+        is_slow = False
         if self._ahead is None:
             self._ahead = database_time - self._opened
+            is_slow = boot - self._opened > OPENING_S_MAX
+            self._slow = self._slow + 1 if is_slow else 0
+            if boot - self._opened > DELAY_S_MAX:  # judged time would be as far ahead, for good
+                raise OutOfStep("the stream took very long to open")
         sent = database_time - self._ahead
         if sent > boot + DELAY_S_MAX:  # nothing says how long it was under way
             raise OutOfStep("the database's clock was set")
         started = min(sent, boot) - max(age_s, 0.0)
         if self.state.confirmed is None or started > self.state.confirmed:
             self.state.confirm(started, started + self._ahead)
-        if opening_s > OPENING_S_MAX and not self._resumes:
-            raise OutOfStep("the snapshot took long")
+        if is_slow and not (self._resumes and self._slow >= OPENINGS_MAX):
+            raise OutOfStep("the stream took long to open")
         if sent < boot - DELAY_S_MAX:
             raise OutOfStep("an event of long ago, or a clock that was set")
 
