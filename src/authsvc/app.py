@@ -55,6 +55,7 @@ from authsvc.review import ReviewClient
 from authsvc.revocations import Revocations
 from authsvc.revoke import RevokeToken
 from authsvc.roles import Roles
+from authsvc.rpc import convert
 from authsvc.rpc.audit import AuditServicer
 from authsvc.rpc.auth import AuthServicer
 from authsvc.rpc.clients import ClientServicer
@@ -66,6 +67,7 @@ from authsvc.rpc.pipeline import Pipeline
 from authsvc.rpc.policy import Policy
 from authsvc.rpc.rates import Rates, rates_of
 from authsvc.rpc.registered import ClientEncoder
+from authsvc.rpc.repeats import Repeats
 from authsvc.rpc.resources import ResourceServicer
 from authsvc.rpc.revocations import RevocationServicer
 from authsvc.rpc.roles import RoleServicer
@@ -362,7 +364,7 @@ class App:
                     registration,
                     lambda: state.revision,
                 ),
-                watch=WatchChanges(store.feed, follow, state, clock),
+                watch=WatchChanges(store.feed, follow, state, clock, convert.watched),
                 authenticate=authenticate,
                 state=state,
                 metrics=self.metrics,
@@ -436,7 +438,9 @@ class App:
         if self._redis is not None:
             limits = RedisRateLimits(self._redis, issuer, limits)
         rates = Rates(limits, rates_of(settings.limits), self.metrics.limited, clock)
-        main = Pipeline(Peers(lambda: tls.trust), policy, refused, self.metrics, clock, rates)
+        peers = Peers(lambda: tls.trust)
+        repeats = partial(Repeats, peers, policy, clock)
+        main = Pipeline(peers, policy, refused, self.metrics, clock, rates, repeats)
         listeners = [Listener(address(listen.host, listen.port), tls.credentials(), main)]
         if listen.tls_only:
             anonymous = Pipeline(

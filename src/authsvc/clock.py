@@ -1,6 +1,7 @@
 """Where time comes from; only how long a call took is measured elsewhere."""
 
 import time
+from functools import partial
 from typing import Protocol
 
 
@@ -17,10 +18,7 @@ class Clock(Protocol):
 class SystemClock:
     """The clock of this machine."""
 
-    _boot_id = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-
-    def wall(self) -> float:
-        return time.time()
-
-    def boot(self) -> float:
-        return time.clock_gettime(self._boot_id)
+    wall = staticmethod(time.time)
+    boot = staticmethod(
+        partial(time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+    )

@@ -25,6 +25,7 @@ from authsvc_client.core.cache import BytesCache
 from authsvc_client.core.claims import Claims, parse_claims
 from authsvc_client.core.judge import Judge, Question, Verdict, Verified
 from authsvc_client.core.jws import Refused
+from authsvc_client.core.standing import Standing
 
 NEVER = 253402300799
 """`exp` of what has no end: the last second that a Timestamp can say."""
@@ -136,6 +137,10 @@ class Identify:
         """The verdict. Raises StateStale, and AuthError STORE_UNAVAILABLE for a stored token."""
         known = await self._find(token) if _is_stored(token) else None
         return self._judge(token, question, self._clock.boot(), known)
+
+    def standing(self, verdict: Verdict, question: Question) -> Standing:
+        """A verdict that was just given, for the next time. Raises as Standing."""
+        return Standing(self._judge, verdict, question)
 
     async def alive(self, token: str) -> Verified | None:
         """A token of ours that is alive, whoever presents it and whatever it is for.

@@ -16,7 +16,13 @@ from authsvc.oauth.resources import Target, pick
 from authsvc.oauth.scopes import narrow
 from authsvc.passwords import CheckPassword
 from authsvc.store.port import PasswordRecord
+from authsvc_client.core.cache import BytesCache
 from authsvc_client.core.judge import Verified
+
+PICKED_BYTES_MAX = 8 * 2**20
+
+_Asked = tuple[tuple[str, ...], tuple[str, ...], frozenset[str], bool]
+_Picked = tuple[Catalog, Target]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,7 @@ class IssueToken:
         self._open_grant = open_grant
         self._check_password = check_password
         self._fresh = fresh
+        self._picked: BytesCache[_Asked, _Picked] = BytesCache(PICKED_BYTES_MAX)
 
     async def __call__(self, request: TokenRequest, peer: Peer) -> TokenAnswer:
         """Raises AuthError with the reasons of the contract, and StateStale."""
@@ -96,15 +103,8 @@ class IssueToken:
             )
         )
         most = who.scopes if proof.scopes is None else who.scopes & proof.scopes
-        scopes = narrow(request.scopes, most, catalog)
-        target = pick(
-            request.resources,
-            scopes,
-            bool(request.scopes),
-            catalog,
-            self._issuer,
-            frozenset({self._issuer}) if _may_speak_to_authsvc(client, proof) else frozenset(),
-        )
+        to_issuer = _may_speak_to_authsvc(client, proof)
+        target = self._target(request.scopes, request.resources, most, catalog, bare=to_issuer)
         if wants_refresh_token:
             return await self._granted(
                 moment, client, proof, target, request.grant_type, request.address
@@ -130,6 +130,30 @@ class IssueToken:
         if request.exchange is None:
             return answer
         return replace(answer, issued_token_type=ACCESS_TOKEN_TYPE)
+
+    def _target(
+        self,
+        scopes: tuple[str, ...],
+        resources: tuple[str, ...],
+        most: frozenset[str],
+        catalog: Catalog,
+        *,
+        bare: bool,
+    ) -> Target:
+        """What is asked for, of what may be had; the same for the same catalog.
+
+        Raises AuthError SCOPE_UNKNOWN, SCOPE_NOT_ALLOWED and INVALID_TARGET.
+        """
+        asked = (scopes, resources, most, bare)
+        found = self._picked.get(asked)
+        if found is not None and found[0] is catalog:
+            return found[1]
+        issuer = frozenset({self._issuer}) if bare else frozenset[str]()
+        granted = narrow(scopes, most, catalog)
+        target = pick(resources, granted, bool(scopes), catalog, self._issuer, issuer)
+        size = sum(256 + len(text) for part in (scopes, resources, most) for text in part)
+        self._picked.put(asked, (catalog, target), 4096 + size)
+        return target
 
     async def _logged_in(
         self,

@@ -136,10 +136,13 @@ def log_about(told: Callable[[], Mapping[str, str]]) -> None:
     _subject.set(told)
 
 
-def configure_logs(level: str, *, json: bool | None = None, instance: str = "") -> None:
+def configure_logs(
+    level: str, *, json: bool | None = None, instance: str = "", once: bool = False
+) -> None:
     """Logs to standard error: JSON for machines, by default where it is no terminal.
 
-    Each line names the instance, by default by its host and process.
+    Each line names the instance, by default by its host and process. `once`: nobody does it again
+    in this process, so a logger need not be made anew for each line, written or not.
     """
     as_json = not sys.stderr.isatty() if json is None else json
     renderer: structlog.typing.Processor = (
@@ -158,6 +161,7 @@ def configure_logs(level: str, *, json: bool | None = None, instance: str = "") 
             logging.getLevelNamesMapping()[level.upper()]
         ),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=once,
     )
 
 

@@ -8,6 +8,7 @@ from authsvc.model import ANY_AUDIENCE
 from authsvc.permissions import Held, Permissions
 from authsvc_client.core.claims import Claims
 from authsvc_client.core.judge import Question, Verdict
+from authsvc_client.core.standing import Standing
 from authsvc_client.core.state import State
 
 TRIES = 8
@@ -53,6 +54,13 @@ class ValidateToken:
         if verdict.active and (full or question.permissions):
             return self._permitted(question, verdict)
         return Answer(verdict)
+
+    def standing(self, answer: Answer, question: Question) -> Standing | None:
+        """An answer that was just given, for the next time; None where it does not stand."""
+        try:
+            return self._identify.standing(answer.verdict, question)
+        except ValueError:
+            return None
 
     async def catch_up(self, at_least: int) -> None:
         """Applies all that was written before this call. It comes before whatever is judged by

@@ -169,7 +169,7 @@ async def _serve(
     from authsvc.supervise import CrashLoopError, Supervisor, processors
     from authsvc.telemetry import configure_logs
 
-    configure_logs(settings.log_level, instance=settings.instance)
+    configure_logs(settings.log_level, instance=settings.instance, once=True)
     before = _made(settings)
     made: list[str] | None = None
     count = settings.workers or processors()
@@ -211,7 +211,7 @@ async def _work(index: int) -> None:
 
     orders = take_orders()
     settings = settings_of(None, **orders.flags)
-    configure_logs(settings.log_level, instance=settings.instance)
+    configure_logs(settings.log_level, instance=settings.instance, once=True)
     bind_contextvars(worker=index, pid=os.getpid())
     app = await open_app(settings, seat=Seat(index, Path(orders.probes)))
     await app.start()

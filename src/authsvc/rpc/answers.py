@@ -13,10 +13,13 @@ from authsvc.rpc import status
 from authsvc.rpc.convert import Asked, VerdictEncoder
 from authsvc.rpc.limits import Shape, field_invalid
 from authsvc.rpc.pipeline import Call
-from authsvc.telemetry import Metrics
+from authsvc.rpc.repeats import Repeat
+from authsvc.telemetry import Counter, Metrics
 from authsvc.validate import Answer, ValidateToken
 from authsvc_client.core.cache import BytesCache
+from authsvc_client.core.judge import Question
 from authsvc_client.core.reason import Reason as Verdicts
+from authsvc_client.core.standing import Standing
 from authsvc_client.core.state import State
 from authsvc_client.v1 import auth_pb2, error_reason_pb2
 
@@ -38,7 +41,10 @@ class Questions:
     def one(self, raw: bytes) -> Asked:
         """Raises AuthError FIELD_INVALID, NOT_IMPLEMENTED, and DecodeError."""
         found = self._known.get(raw)
-        return found or self._read(raw, auth_pb2.ValidateTokenRequest.FromString(raw))
+        if found is None:
+            return self._read(raw, auth_pb2.ValidateTokenRequest.FromString(raw))
+        found.again = True
+        return found
 
     def many(self, raw: bytes) -> list[Asked | AuthError]:
         """Each, or why it cannot be asked. Raises as `one` for what is wrong with the whole."""
@@ -83,7 +89,7 @@ class Judged:
         self._validate = validate
         self._state = state
         self._encode = VerdictEncoder()
-        self._count = {reason: metrics.verdicts.labels(reason.name).inc for reason in Verdicts}
+        self._count = {reason: metrics.verdicts.labels(reason.name) for reason in Verdicts}
 
     def at_hand(self, asked: Asked, call: Call) -> bytes | None:
         """See Source."""
@@ -99,11 +105,53 @@ class Judged:
             await self._validate.catch_up(asked.at_least)
             await call.require_caller(SCOPE_VALIDATE)  # what it may see, it may since then
         question = asked.by(call.caller.audiences)
-        return self._told(await self._validate(asked.token, question, full=asked.full), asked)
+        answer = await self._validate(asked.token, question, full=asked.full)
+        if asked.again:
+            call.repeat = self._repeat(asked, question, answer)
+        return self._told(answer, asked)
+
+    def _repeat(self, asked: Asked, question: Question, answer: Answer) -> Repeat | None:
+        if asked.strong or asked.full or not answer.verdict.active:
+            return None
+        standing = self._validate.standing(answer, question)
+        if standing is None:
+            return None
+        return _Repeat(
+            standing, asked, self._state, self._encode, self._count[Verdicts.UNSPECIFIED]
+        )
 
     def _told(self, answer: Answer, asked: Asked) -> bytes:
-        self._count[answer.verdict.reason]()
+        self._count[answer.verdict.reason].value += 1
         return self._encode(answer, asked.view)
+
+
+class _Repeat:
+    """An active answer, to be given again."""
+
+    __slots__ = ("_at", "_at_least", "_claims", "_count", "_encode", "_state")
+
+    def __init__(
+        self,
+        standing: Standing,
+        asked: Asked,
+        state: State,
+        encode: VerdictEncoder,
+        count: Counter,
+    ) -> None:
+        self._at = standing.at
+        self._at_least = asked.at_least
+        self._claims = encode.claims(standing.verified, asked.view)
+        self._state = state
+        self._encode = encode.again
+        self._count = count
+
+    def __call__(self, boot: float) -> bytes | None:
+        revision = self._state.revision
+        now = self._at(boot) if revision >= self._at_least else None
+        if now is None:
+            return None
+        self._count.value += 1
+        return self._encode(revision, now) + self._claims
 
 
 class Batch:

@@ -39,6 +39,8 @@ BUNDLE_BYTES_MAX: Final = 2**20
 Authorities: TypeAlias = tuple[x509.Certificate, ...]
 AuthContext: TypeAlias = Mapping[str, Iterable[bytes]]
 """As grpc.aio's `context.auth_context()` gives it."""
+Presented: TypeAlias = tuple[Iterable[bytes] | None, Iterable[bytes] | None]
+"""Leaf and chain, as they stand there."""
 
 _Extension = TypeVar("_Extension", bound=x509.ExtensionType)
 
@@ -185,7 +187,8 @@ class Peers:
         entries_max: int = PEERS_ENTRIES_MAX,
         bytes_max: int = PEERS_BYTES_MAX,
     ) -> None:
-        self._trust = trust
+        self.trust = trust
+        """Who is trusted now."""
         self._entries_max = entries_max
         self._bytes_max = bytes_max
         self._follow(trust())
@@ -195,11 +198,11 @@ class Peers:
 
         Raises PEER_CERTIFICATE_MISSING, PEER_CERTIFICATE_INVALID or PEER_CERTIFICATE_EXPIRED.
         """
-        trust = self._trust()
+        trust = self.trust()
         if trust is not self._trusted:
             self._follow(trust)
         # The chain comes without the leaf: leaves of one intermediate have the same.
-        key = (_property(auth_context, "x509_pem_cert"), _property(auth_context, _CHAIN))
+        key = (_property(auth_context, _LEAF), _property(auth_context, _CHAIN))
         known = self._known.get(key)
         if known is None:
             known = self._remember(key, now)
@@ -337,7 +340,13 @@ def _best(paths: list[Validity], now: float) -> Validity:
     return max(paths, key=lambda path: (path.covers(now), path.not_after))
 
 
+_LEAF: Final = "x509_pem_cert"
 _CHAIN: Final = "x509_pem_cert_chain"
+
+
+def presented(auth_context: AuthContext) -> Presented:
+    """All that `Peers` looks at, to compare with what it looked at before."""
+    return (auth_context.get(_LEAF), auth_context.get(_CHAIN))
 
 
 def _property(auth_context: AuthContext, name: str) -> bytes:

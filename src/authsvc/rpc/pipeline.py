@@ -32,10 +32,13 @@ from authsvc.rpc.limits import Shape
 from authsvc.rpc.peer import AuthContext
 from authsvc.rpc.policy import Callers, Rule, rule_of
 from authsvc.rpc.rates import Limit, Rates
+from authsvc.rpc.repeats import Askers, Repeat, Repeats
 from authsvc.rpc.timelimit import TimeLimit
 from authsvc.telemetry import Metrics, log_about
 
 DEADLINE_S_MAX = 30.0
+SEND_S_MAX = 10.0
+"""So long the caller of a stream may take no message."""
 REQUEST_ID_KEY = "x-request-id"
 REFUSALS_MAX = 10
 """How many of a caller's refusals a worker audits in a minute; the others are in the log alone."""
@@ -63,6 +66,9 @@ class Call:
     """Its full name."""
     known_id: str = ""
     """The request's id, if there is one yet."""
+    _address: str | None = None
+    repeat: Repeat | None = None
+    """Gives the answer again, where the verb says that it stands."""
 
     @property
     def request_id(self) -> str:
@@ -89,8 +95,11 @@ class Call:
     @property
     def address(self) -> str:
         """Network address of the peer, without the port; empty for a socket that has none."""
-        kind, _, rest = unquote(self._context.peer()).partition(":")
-        return rest.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else ""
+        if self._address is None:
+            kind, _, rest = self._context.peer().partition(":")
+            host = unquote(rest).rpartition(":")[0].strip("[]")
+            self._address = host if kind in ("ipv4", "ipv6") else ""
+        return self._address
 
     @property
     def source(self) -> str:
@@ -116,7 +125,7 @@ class Call:
 Peers = Callable[[AuthContext, float], Peer]
 """The peer of a connection at a time; raises AuthError."""
 Unary = Callable[[Any, Call], Awaitable[Message | bytes]]
-Stream = Callable[[Any, Call], AsyncGenerator[Message, None]]
+Stream = Callable[[Any, Call], AsyncGenerator[bytes, None]]
 Decode = Callable[[bytes], Message]
 Read = Callable[[bytes], Any]
 """Makes a request of bytes; raises AuthError for what is not within its limits."""
@@ -138,9 +147,10 @@ class Pipeline:
         metrics: Metrics,
         clock: Clock,
         rates: Rates | None = None,
+        repeats: Callable[[], Repeats] | None = None,
     ) -> None:
         """`refused` records that a known caller asked for what only administrators may; `rates`
-        limits how often anybody calls.
+        limits how often anybody calls; `repeats` makes what keeps answers of a method.
         """
         self._peers = peers
         self._policy = policy
@@ -148,6 +158,7 @@ class Pipeline:
         self._metrics = metrics
         self._clock = clock
         self._rates = rates
+        self._repeats = repeats
         self._limit = TimeLimit(DEADLINE_S_MAX)
         self._streams: set[asyncio.Task[Any]] = set()
         self._draining = False
@@ -197,17 +208,20 @@ class Pipeline:
         implementation = implementation or _not_built(method)
         if method.server_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                self._stream(method, rule, read, implementation, encode)
+                self._stream(method, rule, read, implementation)
             )
         admit: Admit = self._admit
         rates = self._rates
+        repeats = None
         if rates is not None and (limit := rates.limit_of(method)) is not None:
             if rule.public:
                 implementation = _limited(implementation, rates, limit)
             else:
                 admit = partial(self._admit_within, rates, limit)
+        elif self._repeats is not None and method.name in getattr(servicer, "repeated", ()):
+            repeats = self._repeats()
         return grpc.unary_unary_rpc_method_handler(
-            self._unary(method, rule, admit, read, implementation, encode, audited=audited)
+            self._unary(method, rule, admit, read, implementation, encode, repeats, audited=audited)
         )
 
     async def _admit(self, rule: Rule, context: Context, given: str) -> Call:
@@ -269,15 +283,23 @@ class Pipeline:
         read: Read,
         implementation: Unary,
         encode: Encode,
+        repeats: Repeats | None,
         *,
         audited: bool,
     ) -> Callable[[bytes, Context], Awaitable[bytes]]:
         name, limit = method.full_name, self._limit
         observe = self._metrics.seconds.labels(name).observe
-        succeeded = self._metrics.calls.labels(name, "OK").inc
+        succeeded = self._metrics.calls.labels(name, "OK")
 
         async def unary(raw: bytes, context: Context) -> bytes:
             started = _seconds()
+            kept = repeats.of(raw) if repeats is not None else None
+            if repeats is not None and kept is not None and not self._draining:
+                again = _again(repeats, kept, context)
+                if again is not None:
+                    observe(_seconds() - started)
+                    succeeded.value += 1
+                    return again
             request_id = ""
             call: Call | None = None
             task = limit.begin(started)
@@ -302,6 +324,8 @@ class Pipeline:
                     )
                 answer = await implementation(request, call)
                 response = answer if isinstance(answer, bytes) else encode(answer)
+                if repeats is not None and call.repeat is not None and not authorization:
+                    repeats.keep(raw, context.auth_context(), call.caller, call.repeat, call.now)
             except asyncio.CancelledError:
                 if not limit.exceeded(task):
                     self._metrics.calls.labels(name, "CANCELLED").inc()
@@ -317,23 +341,18 @@ class Pipeline:
                 observe(_seconds() - started)
             if call.known_id:
                 context.set_trailing_metadata(((REQUEST_ID_KEY, call.known_id),))
-            succeeded()
+            succeeded.value += 1
             return response
 
         return unary
 
     def _stream(
-        self,
-        method: MethodDescriptor,
-        rule: Rule,
-        read: Read,
-        implementation: Stream,
-        encode: Encode,
-    ) -> Callable[[bytes, Context], AsyncIterator[bytes]]:
+        self, method: MethodDescriptor, rule: Rule, read: Read, implementation: Stream
+    ) -> Callable[[bytes, Context], Awaitable[None]]:
         name = method.full_name
         succeeded = self._metrics.calls.labels(name, "OK").inc
 
-        async def stream(raw: bytes, context: Context) -> AsyncIterator[bytes]:
+        async def stream(raw: bytes, context: Context) -> None:
             request_id = ""
             call: Call | None = None
             task = asyncio.current_task()
@@ -350,9 +369,15 @@ class Pipeline:
                         await self._admit(rule, context, authorization)
                         if self._draining:
                             raise AuthError(Reason.DRAINING)
-                        yield encode(response)
+                        await _send(context, response)
+            except grpc.aio.BaseError:
+                raise  # the caller has gone away
             except Exception as error:
-                await self._fail(name, error, context, call, request_id)
+                self._streams.discard(task)  # who does not read is not told before he does
+                try:
+                    await self._fail(name, error, context, call, request_id)
+                except grpc.aio.InternalError:
+                    raise asyncio.CancelledError from None  # he went away instead
             finally:
                 self._streams.discard(task)
             succeeded()
@@ -396,6 +421,15 @@ class Pipeline:
         await context.abort(code, status.text(told), trailers)
 
 
+async def _send(context: Context, response: bytes) -> None:
+    """Waits until it is on its way: who does not read makes nothing pile up, and is cut off."""
+    try:
+        async with asyncio.timeout(SEND_S_MAX):
+            await context.write(response)
+    except TimeoutError:
+        raise AuthError(Reason.WATCHER_TOO_SLOW) from None
+
+
 def _limited(implementation: Unary, rates: Rates, limit: Limit) -> Unary:
     """A public method: a client is counted by what it says, since only the verb finds it out.
 
@@ -414,6 +448,18 @@ def _limited(implementation: Unary, rates: Rates, limit: Limit) -> Unary:
             raise
 
     return limited
+
+
+def _again(repeats: Repeats, kept: Askers, context: Context) -> bytes | None:
+    """An answer that is kept, if it stands; None where the call is to be judged in full."""
+    try:
+        authorization, request_id = _metadata(context)
+        response = None if authorization else repeats(kept, context.auth_context())
+    except Exception:  # whatever it is, it is told by what judges in full
+        return None
+    if response is not None and request_id:
+        context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
+    return response
 
 
 def _as_refusal(error: Exception) -> Exception:
@@ -482,7 +528,7 @@ def _not_built(method: MethodDescriptor) -> Any:
     async def unary(_request: Message, _call: Call) -> Message:
         raise not_implemented(method.full_name)
 
-    async def stream(_request: Message, _call: Call) -> AsyncIterator[Message]:
+    async def stream(_request: Message, _call: Call) -> AsyncIterator[bytes]:
         raise not_implemented(method.full_name)
         yield  # makes it a generator
 

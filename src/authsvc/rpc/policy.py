@@ -1,6 +1,6 @@
 """Who calls authsvc's own methods, and what the option `(authsvc.v1.require)` asks of them."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,9 +22,10 @@ from authsvc.model import (
     Peer,
 )
 from authsvc.oauth.policy import require_let_in, validated_by
-from authsvc.store.cached import CachedClients
+from authsvc.store.cached import CachedCatalog, CachedClients
 from authsvc_client.core.cache import BytesCache
 from authsvc_client.core.judge import Question
+from authsvc_client.core.markers import MarkerKind, marker_key
 from authsvc_client.core.state import State
 from authsvc_client.v1.annotations_pb2 import require
 
@@ -53,6 +54,36 @@ def rule_of(method: MethodDescriptor) -> Rule:
     return Rule(rule.public, frozenset(rule.scopes))
 
 
+@dataclass(frozen=True, slots=True)
+class Grounds:
+    """What a client was found by, and may be again as long as it stands."""
+
+    caller: Caller
+    client: Client
+    catalog: Catalog
+    key: bytes
+    """Of the client's row."""
+    since: float
+    until: float
+    """Within these the certificate leads to the client's own CA, and before the second one the
+    client is approved."""
+
+    @classmethod
+    def of(cls, caller: Caller, client: Client, catalog: Catalog) -> "Grounds":
+        """KeyError for a peer that is not the client's."""
+        identity = client.metadata.identity
+        path = caller.peer.paths[identity.ca if identity is not None else ""]
+        approved = client.approval_expire_time
+        return cls(
+            caller,
+            client,
+            catalog,
+            marker_key(MarkerKind.CLIENT_CHANGED, client.client_id),
+            path.not_before,
+            path.not_after if approved is None else min(path.not_after, approved),
+        )
+
+
 class Callers(Protocol):
     """Says who calls."""
 
@@ -75,7 +106,7 @@ class Policy:
         admins: frozenset[str],
         admin_ca: Callable[[], str | None],
         clients: CachedClients,
-        catalog: Callable[[], Awaitable[Catalog]],
+        catalog: CachedCatalog,
         identify: Identify,
         state: State,
         clock: Clock,
@@ -89,7 +120,7 @@ class Policy:
         self._state = state
         self._clock = clock
         self._question = Question(frozenset({issuer}), issuer)
-        self._callers: BytesCache[str, tuple[Peer, Client, Catalog, Caller]] = BytesCache(2**23)
+        self._callers: BytesCache[str, Grounds] = BytesCache(2**23)
 
     async def __call__(self, rule: Rule, peer: Peer, authorization: str, now: float) -> Caller:
         """The caller, who may. Raises AuthError CALLER_UNKNOWN, CALLER_TOKEN_INVALID,
@@ -115,9 +146,27 @@ class Policy:
         require_let_in(client, now)
         catalog = await self._catalog()
         held = self._callers.get(peer.thumbprint)
-        if held is not None and held[0] is peer and held[1] is client and held[2] is catalog:
-            return held[3]
+        if (
+            held is not None
+            and held.caller.peer is peer
+            and held.client is client
+            and held.catalog is catalog
+        ):
+            return held.caller
         return self._as_client(client, peer, catalog)
+
+    def grounds(self, caller: Caller) -> Grounds | None:
+        """What a caller was made of, if it came by its certificate alone and was just found."""
+        held = self._callers.get(caller.peer.thumbprint)
+        return held if held is not None and held.caller is caller else None
+
+    def stand(self, grounds: Grounds, now: float) -> bool:
+        """Whether the same caller would be found again, its peer being the same."""
+        return (
+            self._clients.row(grounds.key) is grounds.client
+            and self._catalog.held is grounds.catalog
+            and grounds.since <= now < grounds.until
+        )
 
     def is_taken(self, name: str, peer: Peer, now: float) -> bool:
         """Whether the audit knows another by this name in a peer's certificate: authsvc itself, or
@@ -137,7 +186,7 @@ class Policy:
             return None
         audiences = validated_by(client, catalog)
         caller = Caller(client.client_id, client.client_id, client.metadata.scopes, audiences, peer)
-        self._callers.put(peer.thumbprint, (peer, client, catalog, caller), 4096)
+        self._callers.put(peer.thumbprint, Grounds.of(caller, client, catalog), 4096)
         return caller
 
     async def _by_token(self, peer: Peer, authorization: str) -> Caller:

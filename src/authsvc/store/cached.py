@@ -4,7 +4,7 @@ A row whose read overlapped with any change is used once and not kept, so what i
 applied revision, and a token minted by it carries a `rev` that is right (docs/decisions/0003).
 """
 
-from functools import partial
+from functools import lru_cache, partial
 
 from authsvc.model import Catalog, Client, ClientState, IdentityKind, Peer, peer_names
 from authsvc.store.port import ANY_KEY, ClientStore, ResourceStore, RowKind, Share, unshared
@@ -15,6 +15,11 @@ CLIENTS_BYTES_MAX = 32 * 2**20
 _CLIENT_BYTES = 8192  # a row with all its lists, measured generously
 
 
+@lru_cache(maxsize=4096)
+def _key(client_id: str) -> bytes:
+    return marker_key(MarkerKind.CLIENT_CHANGED, client_id)
+
+
 class CachedClients:
     """Clients by id and by peer. What is not there is not remembered."""
 
@@ -22,6 +27,8 @@ class CachedClients:
         self._store = store
         self._share = share
         self._rows: BytesCache[bytes, Client] = BytesCache(CLIENTS_BYTES_MAX)
+        self.row = self._rows.get
+        """The row of a key of the feed, where it is at hand."""
         self._by_thumbprint: BytesCache[str, tuple[str, bytes]] = BytesCache(2**22)
         self._changes = 0
 
@@ -37,7 +44,7 @@ class CachedClients:
 
     async def get(self, client_id: str) -> Client | None:
         """One client, as of the applied revision or later."""
-        key = marker_key(MarkerKind.CLIENT_CHANGED, client_id)
+        key = _key(client_id)
         client = self._rows.get(key)
         return client if client is not None else await self._load(client_id, key)
 
@@ -77,7 +84,7 @@ class CachedClients:
         client_id = found[0].client_id
         if found[0].state is ClientState.PENDING:
             return found[0]
-        key = marker_key(MarkerKind.CLIENT_CHANGED, client_id)
+        key = _key(client_id)
         self._by_thumbprint.put(peer.thumbprint, (client_id, key), 512)
         return self._rows.get(key) or await self._load(client_id, key)
 
@@ -94,21 +101,22 @@ class CachedCatalog:
 
     def __init__(self, store: ResourceStore) -> None:
         self._store = store
-        self._catalog: Catalog | None = None
+        self.held: Catalog | None = None
+        """The catalog, where it is at hand."""
         self._changes = 0
 
     async def changed(self, markers: tuple[Marker, ...]) -> None:
         """Drops it where a resource changed."""
         if any(marker.kind is MarkerKind.RESOURCE_CHANGED for marker in markers):
             self._changes += 1
-            self._catalog = None
+            self.held = None
 
     async def __call__(self) -> Catalog:
         """The catalog, as of the applied revision or later."""
-        if self._catalog is not None:
-            return self._catalog
+        if self.held is not None:
+            return self.held
         changes = self._changes
         catalog = await self._store.catalog()
         if changes == self._changes:
-            self._catalog = catalog
+            self.held = catalog
         return catalog
