@@ -25,7 +25,7 @@ unexport VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup stubs stubs-check docs fmt lint test demo interop bench run check clean
+.PHONY: help setup stubs stubs-check docs fmt lint test demo interop bench picture run check clean
 
 help: ## Show this table
 	@printf 'Usage: make TARGET [PYTHON=python3.12] [ARGS="-k refresh"]\n\n'
@@ -83,6 +83,10 @@ interop: setup $(BUF_STAMP) ## Build the examples in Go, Java, TypeScript (FOR=g
 bench: setup ## Measure against the budgets, one JSON line each
 	@printf '==> bench: benches\n' >&2
 	@$(RUN) python -m benches $(ARGS)
+
+picture: setup ## Draw the README's picture anew, from a run of the bench `ways`
+	@printf '==> picture: docs/ways.json, docs/ways.svg\n' >&2
+	@$(RUN) python -m benches ways | $(RUN) python -m benches.picture
 
 run: setup ## Run authsvc with the embedded defaults
 	@printf '==> run: authsvc serve\n'

@@ -68,7 +68,7 @@ class Server:
             stdout=subprocess.PIPE,
             text=True,
             cwd=Path(__file__).parent.parent,
-            env={k: v for k, v in os.environ.items() if not k.startswith("AUTHSVC_")},
+            env=own_environment(),
         )
         self.port = int(self._read())
 
@@ -79,6 +79,14 @@ class Server:
     def statements(self) -> int:
         """How many statements ran so far for calls that change nothing, ValidateToken above all."""
         return int(self._ask("statements"))
+
+    def pause_s(self) -> float:
+        """The longest that its loop was held up since the question before; 0 to the first one."""
+        return self._ask("pause")
+
+    def rss(self, *, peak: bool = False) -> int:
+        """Bytes that it holds in memory, or the most that it ever held."""
+        return int(self._ask("peak" if peak else "rss"))
 
     def bare(self, what: str) -> float:
         """CPU seconds of one bare signature (`sign`) or its verification (`verify`), there."""
@@ -111,6 +119,17 @@ class Server:
             self._process.kill()
             self._process.wait()
             _stream(self._process.stdout).close()
+
+
+def own_environment() -> dict[str, str]:
+    """Without what would set up another authsvc."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("AUTHSVC_")}
+
+
+def cpu_s(*pids: int) -> float:
+    """CPU seconds of these processes so far, all their threads."""
+    threads = [each for pid in pids for each in Path(f"/proc/{pid}/task").iterdir()]
+    return sum(int((each / "schedstat").read_text().split()[0]) for each in threads) / 1e9
 
 
 def floor(pki: Path, answers: Mapping[str, Answer], core: int | None) -> Server:

@@ -115,8 +115,13 @@ def _validation(token: str, thumbprint: str, **asked: Any) -> auth_pb2.ValidateT
 
 def connect(pki_directory: Path, name: str, port: int) -> grpc.aio.Channel:
     """A connection with the certificate of `name`."""
-    files = (pki_directory / file for file in ("ca.pem", f"{name}.pem", f"{name}-key.pem"))
-    return channel(f"localhost:{port}", Certificates.from_files(*files))
+    return channel(f"localhost:{port}", Certificates.from_files(*files_of(pki_directory, name)))
+
+
+def files_of(pki_directory: Path, name: str) -> tuple[Path, Path, Path]:
+    """CA, certificate and key of `name`."""
+    ca, certificate, key = ("ca.pem", f"{name}.pem", f"{name}-key.pem")
+    return pki_directory / ca, pki_directory / certificate, pki_directory / key
 
 
 @asynccontextmanager

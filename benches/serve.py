@@ -3,6 +3,8 @@
 import asyncio
 import base64
 import json
+import os
+import resource
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -58,6 +60,31 @@ class Statements:
 _statements = Statements()
 
 
+class Pauses:
+    """The longest that the loop was held up at a time, in CPU seconds, from the first question."""
+
+    def __init__(self) -> None:
+        self._run: Callable[[asyncio.Handle], None] | None = None
+        self._longest_s = 0.0
+
+    def __call__(self) -> float:
+        """Since the question before it."""
+        if self._run is None:
+            self._run = run = asyncio.Handle._run  # noqa: SLF001 - what the loop does passes there
+
+            def timed(handle: asyncio.Handle) -> None:
+                started = time.thread_time()
+                run(handle)
+                self._longest_s = max(self._longest_s, time.thread_time() - started)
+
+            asyncio.Handle._run = timed  # type: ignore[method-assign, assignment]  # noqa: SLF001
+        longest_s, self._longest_s = self._longest_s, 0.0
+        return longest_s
+
+
+_pauses = Pauses()
+
+
 def answer(question: str) -> float:
     """What the parent asks over standard input."""
     started = time.process_time()
@@ -65,6 +92,12 @@ def answer(question: str) -> float:
         return started
     if question == "statements":
         return _statements.count
+    if question == "pause":
+        return _pauses()
+    if question == "rss":
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if question == "peak":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     for _ in range(BARE_OPERATIONS):
         BARE[question]()
     return (time.process_time() - started) / BARE_OPERATIONS
@@ -83,7 +116,7 @@ async def until_told(port: int) -> None:
 
 async def authsvc(state_dir: str, database: str, redis: str, *, cheap_passwords: bool) -> None:
     """The whole server, on SQLite where no database is given, with a PKI of its own."""
-    configure_logs("error")  # that the password grant is on is a warning
+    configure_logs("error", once=True)  # that the password grant is on is a warning
     event.listen(Engine, "before_cursor_execute", _statements)
     given: dict[str, Any] = {
         "listen": Listen(port=0, metrics_port=0, health_port=0),

@@ -40,9 +40,12 @@ class Size:
     """Of a burst."""
     holders: int
     """Users who hold one role."""
+    grown: int
+    """Live revocations of a grown system, and its clients."""
 
 
-FULL, QUICK = Size(rounds=60, calls=400, holders=1000), Size(rounds=3, calls=60, holders=20)
+FULL = Size(rounds=60, calls=400, holders=1000, grown=1_000_000)
+QUICK = Size(rounds=3, calls=60, holders=20, grown=2000)
 
 
 @dataclass(frozen=True, slots=True)

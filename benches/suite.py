@@ -14,12 +14,15 @@ from authsvc.config import load
 from authsvc_client.v1 import auth_pb2
 from tests.servers import Postgres
 
+from .growth import growth
 from .load import Compared, Contender, Method, take_turns, turn
+from .local import local_cold, local_warm
 from .people import password_beside_validate, permissions_reach, validate_full_warm
 from .processes import authsvc
 from .reach import revocation_reach
 from .scene import connect, scene
 from .stage import Budget, Line, Stage, rates, require_active, warm
+from .ways import agent, ways
 from .workers import workers
 
 BUDGETS: Mapping[str, Budget] = {
@@ -32,6 +35,10 @@ BUDGETS: Mapping[str, Budget] = {
     "batch": Budget(least=10.0),
     # The floor signs once.
     "issue": Budget(least=0.75),
+    # A token seen before, in 2 us.
+    "local_warm": Budget(most=1.0),
+    # In bare signature verifications.
+    "local_cold": Budget(most=1.3),
     # Transactions that write, a call: one statement that commits itself.
     "refresh": Budget(most=1.0),
     # None is set: `verdict_ratio` is what the same token reaches without its permissions.
@@ -42,6 +49,12 @@ BUDGETS: Mapping[str, Budget] = {
     "revocation_reach": Budget(most=1.0),
     # The median while passwords are hashed, of that while none are.
     "password_beside_validate": Budget(most=1.1),
+    # The worst of three: warm and cold in 1.05, and a live revocation in 120 bytes of memory.
+    "growth": Budget(most=1.0),
+    # None is set: CPU of a request, agent and caller, in that of the floor.
+    "agent": Budget(),
+    # None is set: CPU of a token judged locally, in that of a remote one.
+    "ways": Budget(),
     # Two workers, in what one answers.
     "workers": Budget(least=1.7),
 }
@@ -202,12 +215,17 @@ BENCHES: Mapping[str, Callable[[Stage], Awaitable[Line]]] = {
         validate_warm,
         validate_cold,
         batch,
+        local_warm,
+        local_cold,
         issue,
         refresh,
         validate_full_warm,
         permissions_reach,
         revocation_reach,
         password_beside_validate,
+        agent,
+        ways,
+        growth,
         workers,
     )
 }

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from authsvc_client.v1 import auth_pb2
 
 from .load import Burst, Method
-from .processes import START_S_MAX, Cores
+from .processes import START_S_MAX, Cores, cpu_s, own_environment
 from .scene import connect
 from .stage import Line, Stage
 
@@ -36,17 +36,12 @@ class _Served:
     async def run(self, requests: Sequence[bytes]) -> Burst:
         gc.collect()
         parts = [requests[at :: len(self._methods)] for at in range(len(self._methods))]
-        cpu, wall = self._cpu_s(), time.perf_counter()
+        cpu, wall = cpu_s(*self._pids), time.perf_counter()
         bursts = [m.burst(part, 1) for m, part in zip(self._methods, parts, strict=True)]
         answers = [answer for found in await asyncio.gather(*bursts) for answer in found]
         wall = time.perf_counter() - wall
-        cpu = self._cpu_s() - cpu
+        cpu = cpu_s(*self._pids) - cpu
         return Burst(wall / len(requests), cpu / len(requests), answers)
-
-    def _cpu_s(self) -> float:
-        """CPU seconds of the workers so far, all their threads."""
-        threads = [each for pid in self._pids for each in Path(f"/proc/{pid}/task").iterdir()]
-        return sum(int((each / "schedstat").read_text().split()[0]) for each in threads) / 1e9
 
 
 @asynccontextmanager
@@ -62,7 +57,7 @@ async def _served(stage: Stage, count: int) -> AsyncIterator[_Served]:
                 *("--ready-file", str(ready)),
             ],
             stdout=subprocess.DEVNULL,
-            env={k: v for k, v in os.environ.items() if not k.startswith("AUTHSVC_")},
+            env=own_environment(),
             preexec_fn=lambda: _unpin(stage.cores),  # noqa: PLW1509 (it only makes one system call)
         )
         stack.callback(process.wait)

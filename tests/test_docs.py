@@ -1,5 +1,6 @@
 """The documents say what the code does."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from authsvc.config import Settings
+from benches.picture import FIGURES, PICTURE, WAYS, draw
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,6 +34,14 @@ def test_settings_table_is_that_of_the_code() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text()
     found = re.findall(r"^\| `.*AUTHSVC_.*$", text, re.MULTILINE)
     assert found == list(rows(Settings))
+
+
+def test_picture_is_drawn_from_the_figures_beside_it() -> None:
+    line = json.loads(FIGURES.read_text())
+    assert PICTURE.read_text() == draw(line)
+    line["ways"]["local"]["cpu_us"] *= 2
+    assert PICTURE.read_text() != draw(line)
+    assert line["ways"].keys() == WAYS.keys()
 
 
 def test_every_link_of_a_document_leads_somewhere() -> None:

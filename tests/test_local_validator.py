@@ -298,6 +298,22 @@ async def test_stale_state_is_asked_for_remotely_where_the_policy_says_so(scene:
         assert local.counts.remote == 2
 
 
+async def test_what_only_authsvc_can_tell_it_is_asked_whatever_the_age_of_the_state(
+    scene: Scene,
+) -> None:
+    opaque = await scene.token(OPAQUE)
+    async with scene.validator() as local:
+        await local.close()
+        scene.clock.by_s = 140.0
+        assert (await local.validate(opaque, **scene.asked(audience=OPAQUE))).active
+        for token in ("a.b.c.d.e", "asvc_at_" + "x" * 49):
+            verdict = await local.validate(token, **scene.asked())
+            assert verdict.reason is Reason.TOKEN_MALFORMED
+        with pytest.raises(Unavailable):
+            await local.validate("garbage", **scene.asked())
+        assert (local.counts.local, local.counts.remote, local.counts.refused) == (0, 3, 1)
+
+
 async def test_server_that_comes_back_is_found_and_nothing_dead_comes_alive(
     tmp_path: Path,
 ) -> None:

@@ -104,6 +104,19 @@ async def _is_known(at: Replica, member: Member) -> bool:
     return True
 
 
+async def asked_while_rows_change(
+    at: Replica, clients: list[Member], crowd: Crowd, times: int
+) -> None:
+    """Their rows are read again, from Redis, after each change of them."""
+    for n in range(times):
+        metadata = clients_pb2.ClientMetadata(client_name=f"crowd {n}")
+        changed = clients_pb2.Client(client_id=clients[n % CLIENTS].client_id, metadata=metadata)
+        change = clients_pb2.UpdateClientRequest(client=changed)
+        change.update_mask.paths.append("metadata.client_name")
+        await at.clients().UpdateClient(change)
+        await crowd.ask(32)
+
+
 async def test_calls_cancelled_over_a_slow_redis_get_nobody_elses_answer(
     cluster: Cluster, pair: list[Replica], players: Cast
 ) -> None:
@@ -111,14 +124,7 @@ async def test_calls_cancelled_over_a_slow_redis_get_nobody_elses_answer(
     clients = await clients_of(pair, players)
     cluster.links[1].delay_s = lambda: random.uniform(0, 0.03)
     crowd = Crowd(pair[1], players, clients)
-    for n in range(rounds(20)):
-        # Their rows are read again, from Redis, after each change of them.
-        metadata = clients_pb2.ClientMetadata(client_name=f"crowd {n}")
-        changed = clients_pb2.Client(client_id=clients[n % CLIENTS].client_id, metadata=metadata)
-        change = clients_pb2.UpdateClientRequest(client=changed)
-        change.update_mask.paths.append("metadata.client_name")
-        await pair[0].clients().UpdateClient(change)
-        await crowd.ask(32)
+    await asked_while_rows_change(pair[0], clients, crowd, rounds(20))
     assert crowd.ended["answered"]
     assert crowd.ended["given up"]
     assert await players.is_active(pair[1], await players.issue(pair[1]))
@@ -130,4 +136,6 @@ async def test_it_would_notice_the_answer_of_another(
     clients = await clients_of(pair, players)
     async with planted(cluster, MIXES_UP) as (mixed,):
         with pytest.raises((AssertionError, grpc.aio.AioRpcError)):
-            await Crowd(mixed, players, clients).ask(64)
+            await asked_while_rows_change(
+                pair[0], clients, Crowd(mixed, players, clients), rounds(50)
+            )

@@ -1,6 +1,7 @@
 """Where time comes from; everything that judges or plans takes it as a parameter."""
 
 import time
+from functools import partial
 
 _BOOT_ID = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
@@ -10,6 +11,5 @@ def wall() -> float:
     return time.clock_gettime(time.CLOCK_REALTIME)
 
 
-def boot() -> float:
-    """Seconds that also count while the machine sleeps and never go back: for ages."""
-    return time.clock_gettime(_BOOT_ID)
+boot = partial(time.clock_gettime, _BOOT_ID)
+"""Seconds that also count while the machine sleeps and never go back: for ages."""

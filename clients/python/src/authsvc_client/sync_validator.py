@@ -13,7 +13,7 @@ from .messages import RemoteVerdict
 from .staleness import CLOSED, WhenStale
 from .sync_client import SyncAuthsvcClient
 from .sync_watcher import SyncWatcher
-from .validator import STALENESS_S, Counts, Local
+from .validator import STALENESS_S, Counts, Local, question_of
 
 
 class SyncLocalValidator:
@@ -72,10 +72,9 @@ class SyncLocalValidator:
     ) -> Verdict | RemoteVerdict:
         """As LocalValidator's."""
         local = self._local
+        question = question_of(audience, scopes, thumbprint, require_bound, step_up, permissions)
         with self._lock:
-            verdict = local.at_hand(
-                token, audience, scopes, thumbprint, require_bound, permissions, step_up, when_stale
-            )
+            verdict = local.judge(token, question, when_stale)
             if verdict is not None:
                 return verdict
             local.asks()

@@ -7,14 +7,14 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import grpc
 
 from . import clock
 from .client import AuthsvcClient
-from .core.cache import BytesCache
 from .core.judge import ANY_AUDIENCE, Judge, Question, Verdict
 from .core.markers import STALENESS_S_MAX, STALENESS_S_MIN
 from .core.reason import Reason
@@ -29,10 +29,24 @@ from .watcher import Watcher
 STALENESS_S = 120.0
 ASKING_MAX = 64
 """Tokens that authsvc may be asked about at once because their key is not known here."""
-_QUESTIONS_BYTES, _QUESTION_BYTES = 2**22, 1024
-
+_ANY = frozenset({ANY_AUDIENCE})
 
 _log = logging.getLogger("authsvc_client")
+
+
+@lru_cache(maxsize=4096)  # a service asks for the same of the same callers again and again
+def question_of(
+    audience: str,
+    scopes: frozenset[str],
+    thumbprint: str,
+    require_bound: bool,
+    step_up: StepUp,
+    permissions: frozenset[str],
+) -> Question:
+    """ValueError without an audience: tokens for other services would do."""
+    if not audience:
+        raise ValueError("audience: is empty")
+    return Question(_ANY, audience, scopes, thumbprint, require_bound, step_up, permissions)
 
 
 class Counts:
@@ -67,9 +81,8 @@ class Local:
             raise ValueError(f"staleness_max_s: not within {STALENESS_S_MIN} and {STALENESS_S_MAX}")
         self.state = State(staleness_max_s)
         self.counts = Counts()
-        self._judge = Judge(issuer, self.state)
+        self._judge = Judge(issuer, self.state).__call__  # to call the object takes longer
         self._when_stale, self._now = when_stale, now
-        self._questions: BytesCache[Any, Question] = BytesCache(_QUESTIONS_BYTES)
         self._is_degraded = False
         self.asking = 0
         """Tokens that authsvc is being asked about."""
@@ -78,35 +91,12 @@ class Local:
         """Seconds since the state was confirmed; infinite before the first time."""
         return self.state.age(self._now())
 
-    def at_hand(
-        self,
-        token: str,
-        audience: str,
-        scopes: frozenset[str],
-        thumbprint: str,
-        require_bound: bool,
-        permissions: frozenset[str],
-        step_up: StepUp,
-        when_stale: WhenStale | None,
-    ) -> Verdict | None:
-        """The verdict; None where authsvc has to be asked. Raises Unavailable, and ValueError
-        without an audience: tokens for other services would do.
-        """
-        if not audience:
-            raise ValueError("audience: is empty")
-        if permissions or not is_jwt(token):
-            return None
-        key = (audience, scopes, thumbprint, require_bound, step_up)
-        question = self._questions.get(key)
-        if question is None:
-            question = Question(frozenset({ANY_AUDIENCE}), *key)
-            self._questions.put(key, question, _QUESTION_BYTES)
-        return self.judge(token, question, when_stale)
-
     def judge(
         self, token: str, question: Question, when_stale: WhenStale | None = None
     ) -> Verdict | None:
-        """As `at_hand`."""
+        """The verdict; None where authsvc has to be asked. Raises Unavailable."""
+        if question.permissions:
+            return None
         boot = self._now()
         try:
             verdict = self._judge(token, question, boot)
@@ -115,10 +105,17 @@ class Local:
         if self._is_degraded:
             self._is_degraded = False
             _log.info("tokens are judged by a confirmed state again")
-        if verdict.reason is Reason.TOKEN_KEY_UNKNOWN and self.asking < ASKING_MAX:
-            return None  # it may be signed by a key that was published a moment ago
+        if verdict.reason and self._is_unknown(token, verdict.reason):
+            return None
         self.counts.local += 1
         return verdict
+
+    def _is_unknown(self, token: str, reason: Reason) -> bool:
+        """Whether authsvc may know more of a token that does not hold here."""
+        if reason is Reason.TOKEN_MALFORMED:
+            return not is_jwt(token)
+        # Its key may have been published a moment ago.
+        return reason is Reason.TOKEN_KEY_UNKNOWN and self.asking < ASKING_MAX
 
     def asks(self) -> None:
         """One token more is asked about; `asking` is one less when that is over."""
@@ -128,6 +125,8 @@ class Local:
     def _stale(
         self, token: str, question: Question, boot: float, stale: StateStale, then: WhenStale
     ) -> Verdict | None:
+        if not is_jwt(token):
+            return None
         if not self._is_degraded:
             self._is_degraded = True
             _log.warning(
@@ -211,9 +210,8 @@ class LocalValidator:
     ) -> Verdict | RemoteVerdict:
         """Raises Unavailable where the state is too old and AuthsvcError of a remote call."""
         local = self._local
-        verdict = local.at_hand(
-            token, audience, scopes, thumbprint, require_bound, permissions, step_up, when_stale
-        )
+        question = question_of(audience, scopes, thumbprint, require_bound, step_up, permissions)
+        verdict = local.judge(token, question, when_stale)
         if verdict is not None:
             return verdict
         local.asks()

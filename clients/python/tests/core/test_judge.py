@@ -587,6 +587,15 @@ def test_judge_an_audience_has_its_own_lower_bound(aud: str | list[str]) -> None
     assert rig(token, BOOT + 5.001, audiences=frozenset({STRANGER}), audience="").visible is False
 
 
+def test_judge_an_asker_can_raise_every_bound_and_only_so_far() -> None:
+    rig = Rig()
+    rig.state.staleness = {PAYMENTS: 5.0}
+    token = rig.token()
+    assert rig(token, BOOT + 200, open_s=200.0).active
+    with pytest.raises(StateStale):
+        rig(token, BOOT + 200.001, open_s=200.0)
+
+
 def test_judge_an_audience_cannot_raise_the_bound() -> None:
     rig = Rig()
     rig.state.staleness = {PAYMENTS: 1000.0}

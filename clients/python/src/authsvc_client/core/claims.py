@@ -55,30 +55,31 @@ def parse_claims(payload: Mapping[str, Any]) -> Claims:
         # It would outlive the markers that kill it.
         raise Refused(Reason.TOKEN_MALFORMED)
     confirmation = _confirmation(payload)
-    return Claims(
-        issuer=_text(payload, "iss"),
-        subject=_text(payload, "sub"),
-        audiences=audiences_of(payload),
-        expires=expires,
-        issued=issued,
-        jti=_text(payload, "jti"),
-        client_id=_text(payload, "client_id"),
-        scopes=_scopes(payload),
-        revision=_number(payload, "rev"),
-        not_before=_number(payload, "nbf") if "nbf" in payload else 0,
-        grant_id=_optional_text(payload, "gid"),
-        session_id=_optional_text(payload, "sid"),
-        root_jti=_optional_text(payload, "rti"),
-        certificate_thumbprint=_optional_text(confirmation, "x5t#S256"),
-        jwk_thumbprint=_optional_text(confirmation, "jkt"),
-        auth_time=_number(payload, "auth_time") if "auth_time" in payload else None,
-        acr=_optional_text(payload, "acr"),
-        amr=_texts(payload["amr"]) if "amr" in payload else (),
-        actors=_actors(payload),
-        may_act=_may_act(payload),
-        key_ids=_texts(payload["kids"]) if "kids" in payload else (),
-        permissions=_texts(payload["permissions"]) if "permissions" in payload else (),
-        permissions_revision=_number(payload, "prv") if "prv" in payload else 0,
+    return Claims(  # in their order: by name it takes half as long again
+        _text(payload, "iss"),
+        _text(payload, "sub"),
+        audiences_of(payload),
+        expires,
+        issued,
+        _text(payload, "jti"),
+        _text(payload, "client_id"),
+        _scopes(payload),
+        _number(payload, "rev"),
+        # What is absent is empty; what is there may not be.
+        _number(payload, "nbf") if "nbf" in payload else 0,
+        _text(payload, "gid") if "gid" in payload else "",
+        _text(payload, "sid") if "sid" in payload else "",
+        _text(payload, "rti") if "rti" in payload else "",
+        _text(confirmation, "x5t#S256") if "x5t#S256" in confirmation else "",
+        _text(confirmation, "jkt") if "jkt" in confirmation else "",
+        _number(payload, "auth_time") if "auth_time" in payload else None,
+        _text(payload, "acr") if "acr" in payload else "",
+        _texts(payload["amr"]) if "amr" in payload else (),
+        _actors(payload),
+        _may_act(payload),
+        _texts(payload["kids"]) if "kids" in payload else (),
+        _texts(payload["permissions"]) if "permissions" in payload else (),
+        _number(payload, "prv") if "prv" in payload else 0,
     )
 
 
@@ -96,11 +97,6 @@ def _text(names: Mapping[str, Any], name: str) -> str:
     if not value or not isinstance(value, str):
         raise Refused(Reason.TOKEN_MALFORMED)
     return value
-
-
-def _optional_text(names: Mapping[str, Any], name: str) -> str:
-    """Empty where it is absent; where it is there it may not be empty."""
-    return _text(names, name) if name in names else ""
 
 
 def _number(names: Mapping[str, Any], name: str) -> int:

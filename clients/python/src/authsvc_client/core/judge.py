@@ -16,6 +16,7 @@ from .step_up import NO_STEP_UP, StepUp
 ANY_AUDIENCE = "*"
 REUSABLE_S = 1.0
 TOKEN_TYPES = ("at+jwt", "application/at+jwt")
+_ACTIVE = Reason.UNSPECIFIED
 _ENTRY_BYTES = 4096  # claims, keys and dictionary slots of a cached token, measured generously
 
 
@@ -58,7 +59,7 @@ class Verdict:
     @property
     def active(self) -> bool:
         """Whether the token holds."""
-        return self.reason is Reason.UNSPECIFIED
+        return self.reason is _ACTIVE
 
     @property
     def claims(self) -> Claims | None:
@@ -72,13 +73,16 @@ class Verified:
     Without a verifier the issuer found them in its own tables; `kid` names the key within, if any.
     """
 
-    __slots__ = ("claims", "cutoffs", "encoded", "kid", "marks", "verifier")
+    __slots__ = ("begins", "claims", "cutoffs", "encoded", "ends", "kid", "marks", "verifier")
 
     def __init__(self, verifier: Verifier | None, claims: Claims, *, kid: str = "") -> None:
         self.verifier = verifier
         self.kid = verifier.kid if verifier is not None else kid
         """Of the signing key; empty where there is no signature."""
         self.claims = claims
+        self.begins = max(claims.issued, claims.not_before) - LEEWAY_S
+        self.ends = claims.expires + LEEWAY_S
+        """It holds from `begins` until before `ends`."""
         taint = verifier.taint_key if verifier is not None else _taint(kid)
         self.marks = _marks(taint, claims)
         self.cutoffs = cutoff_keys(
@@ -101,8 +105,9 @@ def _marks(taint: bytes, claims: Claims) -> tuple[tuple[bytes, Reason], ...]:
         found.append((marker_key(MarkerKind.SESSION_DEAD, claims.session_id), Reason.SESSION_ENDED))
     if claims.grant_id:
         found.append((marker_key(MarkerKind.GRANT_DEAD, claims.grant_id), Reason.GRANT_REVOKED))
-    taints = (taint, *map(_taint, claims.key_ids))
-    return (*found, *((key, Reason.TOKEN_KEY_TAINTED) for key in taints))
+    found.append((taint, Reason.TOKEN_KEY_TAINTED))
+    found.extend((_taint(kid), Reason.TOKEN_KEY_TAINTED) for kid in claims.key_ids)
+    return tuple(found)
 
 
 @lru_cache(maxsize=8192)  # the same client and subject come again with every token of theirs
@@ -153,17 +158,25 @@ class Judge:
         state.require_fresh(boot, (), question.open_s)
         now = state.now(boot)
         try:
-            verified = known or self._find(token, question)
+            verified = known or self._cache.get(token)
+            if verified is None or verified.verifier not in state.keys.held:
+                verified = known or self._verify(token, question)
             claims = verified.claims
-            require_entitled(question, claims.audiences)
+            if ANY_AUDIENCE not in question.audiences:
+                require_entitled(question, claims.audiences)
             if state.staleness:
                 state.require_fresh(boot, claims.audiences, question.open_s)
             self.require_alive(verified, now)
-            require_audience(question, claims)
-            require_proof(question, claims)
+            if question.audience not in claims.audiences:
+                require_audience(question, claims)
+            is_shown = question.thumbprint == claims.certificate_thumbprint  # or neither is there
+            if not is_shown or question.require_bound or claims.jwk_thumbprint:
+                require_proof(question, claims)
         except Refused as refusal:
             return Verdict(refusal.reason, state.revision, now, now, visible=refusal.visible)
-        reusable = min(now + REUSABLE_S, claims.expires)
+        reusable = now + REUSABLE_S
+        if reusable > claims.expires:
+            reusable = claims.expires
         if not question.scopes <= claims.scopes:
             missing = question.scopes - claims.scopes
             return Verdict(
@@ -176,28 +189,23 @@ class Judge:
                 return Verdict(reason, state.revision, now, reusable, verified, step_up=step_up)
             if step_up.max_age_s is not None and claims.auth_time is not None:
                 reusable = min(reusable, claims.auth_time + step_up.max_age_s)
-        return Verdict(Reason.UNSPECIFIED, state.revision, now, reusable, verified)
+        return Verdict(_ACTIVE, state.revision, now, reusable, verified)
 
     def identify(self, token: str, boot: float, known: Verified | None = None) -> Verified | None:
         """The token if it is ours and alive, whoever presents it and whatever it is for.
 
         For whoever revokes it: neither audience nor proof is judged. Raises StateStale.
         """
-        self.state.require_fresh(boot)
+        state = self.state
+        state.require_fresh(boot)
         try:
-            verified = known or self._find(token, _ANYTHING)
-            self.require_alive(verified, self.state.now(boot))
+            verified = known or self._cache.get(token)
+            if verified is None or verified.verifier not in state.keys.held:
+                verified = known or self._verify(token, _ANYTHING)
+            self.require_alive(verified, state.now(boot))
         except Refused:
             return None
         return verified
-
-    def _find(self, token: str, question: Question) -> Verified:
-        verified = self._cache.get(token)
-        if verified is not None:
-            verifier = verified.verifier
-            if verifier is not None and self.state.keys.by_kid.get(verifier.kid) is verifier:
-                return verified
-        return self._verify(token, question)
 
     def _verify(self, token: str, question: Question) -> Verified:
         """The expensive part, after everything that can refuse without it.
@@ -238,15 +246,14 @@ class Judge:
 
     def require_alive(self, verified: Verified, now: float) -> None:
         """Raises Refused for what is over, not yet begun, dead or cut off."""
-        state, claims = self.state, verified.claims
-        if claims.expires + LEEWAY_S <= now:
-            raise Refused(Reason.TOKEN_EXPIRED)
-        if max(claims.issued, claims.not_before) > now + LEEWAY_S:
-            raise Refused(Reason.TOKEN_NOT_YET_VALID)
-        for key, reason in verified.marks:
-            if state.is_dead(key):
-                raise Refused(reason)
-        if claims.revision < state.cutoff(verified.cutoffs):
+        if not verified.begins <= now < verified.ends:
+            is_over = verified.ends <= now
+            raise Refused(Reason.TOKEN_EXPIRED if is_over else Reason.TOKEN_NOT_YET_VALID)
+        state = self.state
+        reason = state.killer(verified.marks)
+        if reason is not None:
+            raise Refused(reason)
+        if verified.claims.revision < state.cutoff(verified.cutoffs):
             raise Refused(Reason.TOKEN_CUT_OFF)
 
 
@@ -284,10 +291,8 @@ def require_proof(question: Question, claims: Claims) -> None:
     """Proof of possession (RFC 8705 section 3): a bound token is worth nothing without its key."""
     if claims.jwk_thumbprint:
         raise Refused(Reason.PROOF_MISSING)
-    if claims.certificate_thumbprint:
-        if not question.thumbprint:
-            raise Refused(Reason.PROOF_MISSING)
-        if question.thumbprint != claims.certificate_thumbprint:
-            raise Refused(Reason.PROOF_MISMATCH)
-    elif question.require_bound:
+    bound = claims.certificate_thumbprint
+    if bound and bound != question.thumbprint:
+        raise Refused(Reason.PROOF_MISMATCH if question.thumbprint else Reason.PROOF_MISSING)
+    if question.require_bound and not bound:
         raise Refused(Reason.TOKEN_NOT_BOUND)
