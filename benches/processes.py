@@ -35,10 +35,10 @@ class Cores:
         return self.servers is not None
 
 
-def pin(core: int | None) -> None:
-    """Keeps this process to a core."""
+def pin(core: int | None, pid: int = 0) -> None:
+    """Keeps a process, this one by default, to a core."""
     if core is not None:
-        os.sched_setaffinity(0, {core})
+        os.sched_setaffinity(pid, {core})
 
 
 @dataclass(frozen=True, slots=True)

@@ -217,8 +217,8 @@ async def _agent(stage: Stage) -> AsyncIterator[_Agent]:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env=own_environment(),
-            preexec_fn=lambda: pin(stage.cores.servers),  # noqa: PLW1509 (one system call)
         )
+        pin(stage.cores.servers, process.pid)
         stack.callback(process.wait)
         stack.callback(process.terminate)
         async with asyncio.timeout(READY_S_MAX):

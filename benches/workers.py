@@ -58,8 +58,8 @@ async def _served(stage: Stage, count: int) -> AsyncIterator[_Served]:
             ],
             stdout=subprocess.DEVNULL,
             env=own_environment(),
-            preexec_fn=lambda: _unpin(stage.cores),  # noqa: PLW1509 (it only makes one system call)
         )
+        _unpin(process.pid, stage.cores)  # before it starts its workers
         stack.callback(process.wait)
         stack.callback(process.terminate)
         async with asyncio.timeout(START_S_MAX):
@@ -76,11 +76,11 @@ async def _served(stage: Stage, count: int) -> AsyncIterator[_Served]:
         yield _Served(methods, where.get("workers", [where["pid"]]))
 
 
-def _unpin(cores: Cores) -> None:
+def _unpin(pid: int, cores: Cores) -> None:
     """Two workers on one core would be one; the load's is left to it where there are others."""
     if cores.pinned:
         all_cores = set(range(os.cpu_count() or 1))
-        os.sched_setaffinity(0, all_cores - {cores.load} if _APART else all_cores)
+        os.sched_setaffinity(pid, all_cores - {cores.load} if _APART else all_cores)
 
 
 async def workers(stage: Stage) -> Line:

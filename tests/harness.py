@@ -3,8 +3,9 @@
 import asyncio
 import re
 import shutil
+import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -154,6 +155,18 @@ async def outcome(call: Awaitable[Any]) -> str:
         found = read_failure(error)
         return found.reason or found.code
     return "OK"
+
+
+async def by_hand(file: Path, statement: str, *values: Any) -> list[Any]:
+    """The rows of a statement that nobody may make. In a thread, as a server of this loop may hold
+    the lock until the loop goes on.
+    """
+
+    def execute() -> list[Any]:
+        with closing(sqlite3.connect(file, timeout=TIMEOUT_S)) as connection, connection:
+            return connection.execute(statement, values).fetchall()
+
+    return await asyncio.to_thread(execute)
 
 
 async def to_the_end(stream: Any) -> None:

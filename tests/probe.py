@@ -2,10 +2,9 @@
 
 import asyncio
 import shutil
-import sqlite3
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -21,7 +20,7 @@ from authsvc_client.v1.revocations_pb2_grpc import RevocationServiceStub
 from authsvc_client.v1.sessions_pb2_grpc import SessionServiceStub
 from tests.certs import HOUR
 from tests.clocks import HandClock
-from tests.harness import ADMIN, NOW, Member, Running, hand_clock, outcome, running
+from tests.harness import ADMIN, NOW, Member, Running, by_hand, hand_clock, outcome, running
 
 AT_ONCE: Final = 8
 """Servers that are asked at the same time: to stop one is mostly waiting."""
@@ -269,10 +268,10 @@ async def serving(directory: Path, clock: HandClock, **more: Any) -> AsyncIterat
         yield server
 
 
-def sql(directory: Path, *statements: str) -> list[Any]:
+async def sql(directory: Path, *statements: str) -> list[Any]:
     """What nobody may, by hand: the rows that it answers."""
-    with closing(sqlite3.connect(directory / "authsvc.db")) as connection, connection:
-        return [row for statement in statements for row in connection.execute(statement)]
+    file = directory / "authsvc.db"
+    return [row for statement in statements for row in await by_hand(file, statement)]
 
 
 @dataclass(frozen=True)
@@ -325,7 +324,7 @@ class Probe:
                 at = replace(scene, server=server, held=held)
                 same(await self.living(at), living, "restarted")
             clock.advance(MARKER_LIFETIME_S + 1)
-            sql(directory, "DELETE FROM feed", "UPDATE feed_head SET compacted_to = revision")
+            await sql(directory, "DELETE FROM feed", "UPDATE feed_head SET compacted_to = revision")
             async with serving(directory, clock) as server:
                 at = replace(scene, server=server, held=held)
                 same(await self.living(at), living - self.brief, "compacted")

@@ -1,6 +1,5 @@
 """docs/credentials.md says what a server does, and the probe that wrote it can tell."""
 
-import asyncio
 from pathlib import Path
 
 import pytest
@@ -42,7 +41,7 @@ async def test_probe_fails_where_an_event_is_undone_later(
     async def step_undone(scene: Scene) -> None:
         await step(scene)
         directory = scene.server.app._settings.state_dir
-        await asyncio.to_thread(sql, directory, undone)
+        await sql(directory, undone)
 
     monkeypatch.setitem(probe.events, event, once(step_undone))
     with pytest.raises(ProbeError, match=when):

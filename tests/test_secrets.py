@@ -263,7 +263,7 @@ class Run:
         """By hand; in another database of the same PostgreSQL."""
         if not self.url:
             directory = self.server.app._settings.state_dir
-            return await asyncio.to_thread(sql, directory, *statements)
+            return await sql(directory, *statements)
         url = make_url(self.url).set(drivername="postgresql")
         url = url.set(database=database) if database else url
         connection = await asyncpg.connect(url.render_as_string(hide_password=False))

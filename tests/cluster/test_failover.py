@@ -192,7 +192,7 @@ async def _lose_commits(pair: Pair, folder: Path, *, synchronous: bool = False) 
         raised = await sql(
             pair.standby.url(pair.name), "SELECT revision FROM audit WHERE action = 'RaiseEpoch'"
         )
-        assert raised == [(2 * REVISIONS_PER_EPOCH + 1,)]
+        assert [revision // REVISIONS_PER_EPOCH for (revision,) in raised] == [2]
         async with _worker(folder / "later", pair.url, synchronous=synchronous) as later:
             # It was not there when the lost token was revoked.
             for worker in (scene.one, scene.two, later):
@@ -244,7 +244,7 @@ async def test_synchronous_standby_that_is_vouched_for_keeps_tokens_alive(
         raised = await sql(
             pair.standby.url(pair.name), "SELECT revision FROM audit WHERE action = 'RaiseEpoch'"
         )
-        assert raised == [(2 * REVISIONS_PER_EPOCH,)]
+        assert [revision // REVISIONS_PER_EPOCH for (revision,) in raised] == [2]
 
 
 # Split brain

@@ -1,8 +1,6 @@
 """API keys: who makes them, what they may, and everything that ends them."""
 
-import sqlite3
 import string
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from tests.harness import (
     ADMIN,
     Member,
     Running,
+    by_hand,
     failure,
     hand_clock,
     identity,
@@ -359,11 +358,9 @@ async def test_key_authenticates_its_client_alone(server: Running, cast: Cast) -
 # --- what ends it ---
 
 
-def _sql(directory: Path, *statements: str) -> None:
-    """What nobody may: changes by hand."""
-    with closing(sqlite3.connect(directory / "authsvc.db")) as connection, connection:
-        for statement in statements:
-            connection.execute(statement)
+async def _sql(directory: Path, *statements: str) -> None:
+    for statement in statements:
+        await by_hand(directory / "authsvc.db", statement)
 
 
 COMPACTED = ("DELETE FROM feed", "UPDATE feed_head SET compacted_to = revision")
@@ -398,7 +395,7 @@ async def test_nothing_revives_it_when_the_markers_are_compacted(tmp_path: Path)
         request = auth_pb2.RevokeTokenRequest(token=values["revoked"].value)
         await server.auth(revoked.who).RevokeToken(request)
         assert await judged(server, cast, values["revoked"].value) == "TOKEN_REVOKED"
-    _sql(tmp_path, *COMPACTED, f"DELETE FROM client WHERE client_id = '{renamed.client_id}'")
+    await _sql(tmp_path, *COMPACTED, f"DELETE FROM client WHERE client_id = '{renamed.client_id}'")
     async with running(tmp_path) as server:
         found = {name: await judged(server, cast, made.value) for name, made in values.items()}
         given = {
@@ -433,7 +430,7 @@ async def test_resource_made_anew_by_another_owner_gets_none_of_the_old_keys(
         robber = await server.member("robber", "validate")
         await server.resource(A, "a.read", owner=robber.client_id)
         assert await server.judged(robber.who, value) == "TOKEN_CUT_OFF"
-    _sql(tmp_path, *COMPACTED)
+    await _sql(tmp_path, *COMPACTED)
     async with running(tmp_path) as server:
         assert await server.judged(robber.who, value) == "TOKEN_CUT_OFF"
         assert await server.judged(cast.owner.who, value) == "TOKEN_CUT_OFF"
@@ -474,7 +471,7 @@ async def test_row_that_is_gone_is_noticed_before_markers_are(tmp_path: Path) ->
         cast = await _cast(server)
         value = (await create(server, cast.client, "a.read")).value
         assert await judged(server, cast, value) == "OK"
-        _sql(tmp_path, "DELETE FROM api_key")
+        await _sql(tmp_path, "DELETE FROM api_key")
         await server.advance(HELD_S)
         assert await judged(server, cast, value) == "OK"
         await server.advance(1)

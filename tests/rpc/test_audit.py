@@ -34,6 +34,7 @@ from tests.harness import (
     TIMEOUT_S,
     Member,
     Running,
+    by_hand,
     certs_spiffe,
     identity,
     issue_request,
@@ -139,11 +140,10 @@ class Scene:
 
     async def ready_keys(self) -> None:
         """Lets every key sign at once."""
-        self.sql("UPDATE signing_key SET ready_time = 0")
+        await self.sql("UPDATE signing_key SET ready_time = 0")
 
-    def sql(self, statement: str) -> list[Any]:
-        with closing(sqlite3.connect(self.file)) as connection, connection:
-            return connection.execute(statement).fetchall()
+    async def sql(self, statement: str) -> list[Any]:
+        return await by_hand(self.file, statement)
 
     @property
     def file(self) -> Path:
@@ -185,7 +185,9 @@ async def _IssueToken(s: Scene) -> Plan:
     app = s.people.app
 
     def touched(_answer: Any) -> Touched:
-        [(session_id,)] = s.sql(f"SELECT session_id FROM session WHERE user_id = '{user_id}'")
+        wanted = f"SELECT session_id FROM session WHERE user_id = '{user_id}'"
+        with closing(sqlite3.connect(s.file)) as connection:
+            [(session_id,)] = connection.execute(wanted)
         return Touched(user_id, app.client_id, session_id)
 
     fields: dict[str, Any] = {"password": request.password, "client_id": app.client_id}
@@ -690,7 +692,9 @@ async def test_reading_leaves_none(server: Running, scene: Scene) -> None:
 
 async def test_what_authsvc_does_by_itself_is_recorded(server: Running, scene: Scene) -> None:
     client = await scene.client()
-    scene.sql(f"UPDATE client SET approval_expire_time = 1 WHERE client_id = '{client.client_id}'")
+    await scene.sql(
+        f"UPDATE client SET approval_expire_time = 1 WHERE client_id = '{client.client_id}'"
+    )
     before = await scene.events()
     await server.app.housekeeping.run_once()
     event, *rest = await scene.events()
@@ -740,8 +744,7 @@ async def test_settings_say_how_long_it_is_kept(tmp_path: Path) -> None:
     for days, kept in ((30.0, 1), (1.0, 0)):
         app = await open_app(settings_for(tmp_path, housekeeping=Housekeeping(audit_days=days)))
         await app._store.audit.refused(Reason.INSUFFICIENT_SCOPE)
-        with closing(sqlite3.connect(file)) as connection, connection:
-            connection.execute("UPDATE audit SET create_time = create_time - 86400 * 2")
+        await by_hand(file, "UPDATE audit SET create_time = create_time - 86400 * 2")
         await app.housekeeping.run_once()
         rows = [event.outcome for event in await app._store.audit.page(ANY, None, 10)]
         await app._store.close()
@@ -870,7 +873,7 @@ async def test_no_secret_is_in_the_table(server: Running, scene: Scene) -> None:
         await scene.call(method, who=plan.who, **plan.fields)
     issued = await scene.people.login(username)
     scene.secrets |= {issued.access_token, issued.refresh_token, PASSWORD, NEW_PASSWORD}
-    rows = scene.sql("SELECT * FROM audit")
+    rows = await scene.sql("SELECT * FROM audit")
     text = "\n".join(str(row) for row in rows)
     assert len(rows) > 10
     assert len(scene.secrets) > 5

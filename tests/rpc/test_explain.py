@@ -42,6 +42,7 @@ from tests.harness import (
     Member,
     Running,
     build,
+    by_hand,
     failure,
     hand_clock,
     read_failure,
@@ -545,8 +546,7 @@ async def _cut_off(grant: Refreshed) -> None:
 
 
 async def _idle(grant: Refreshed) -> None:
-    with closing(sqlite3.connect(grant.scene.file)) as connection, connection:
-        connection.execute('UPDATE "grant" SET idle_expire_time = 1')
+    await by_hand(grant.scene.file, 'UPDATE "grant" SET idle_expire_time = 1')
 
 
 async def _reused(grant: Refreshed) -> None:

@@ -2,10 +2,8 @@
 
 import asyncio
 import json
-import sqlite3
 import string
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from tests.harness import (
     ADMIN,
     Member,
     Running,
+    by_hand,
     hand_clock,
     outcome,
     reason,
@@ -211,7 +210,7 @@ async def test_held_token_is_read_again_before_its_markers_are_gone(tmp_path: Pa
         cast = await _cast(server)
         token = await _opaque(server, cast.client)
         assert await server.judged(cast.owner.who, token, of=cast.client.who) == "OK"
-        _sql(tmp_path, "DELETE FROM access_token")
+        await _sql(tmp_path, "DELETE FROM access_token")
         await server.advance(HELD_S)
         assert await server.judged(cast.owner.who, token, of=cast.client.who) == "OK"
         await server.advance(1)
@@ -219,10 +218,8 @@ async def test_held_token_is_read_again_before_its_markers_are_gone(tmp_path: Pa
         assert found[0].reads == 2
 
 
-def _sql(directory: Path, statement: str, *values: Any) -> list[Any]:
-    """What nobody may: a change by hand."""
-    with closing(sqlite3.connect(directory / "authsvc.db")) as connection, connection:
-        return connection.execute(statement, values).fetchall()
+async def _sql(directory: Path, statement: str, *values: Any) -> list[Any]:
+    return await by_hand(directory / "authsvc.db", statement, *values)
 
 
 async def test_cut_off_token_outlives_the_compaction_of_its_marker(tmp_path: Path) -> None:
@@ -232,8 +229,8 @@ async def test_cut_off_token_outlives_the_compaction_of_its_marker(tmp_path: Pat
         other = await server.member("other-client", "opaque.read")
         good = await _opaque(server, other)
         await server.suspend(cast.client.client_id)
-    _sql(tmp_path, "DELETE FROM feed")
-    _sql(tmp_path, "UPDATE feed_head SET compacted_to = revision")
+    await _sql(tmp_path, "DELETE FROM feed")
+    await _sql(tmp_path, "UPDATE feed_head SET compacted_to = revision")
     async with running(tmp_path) as server:
         assert await server.judged(cast.owner.who, token, of=cast.client.who) == "TOKEN_CUT_OFF"
         assert await server.judged(cast.owner.who, good, of=other.who) == "OK"
@@ -368,7 +365,7 @@ async def test_claims_that_no_token_of_ours_has_are_not_taken(tmp_path: Path) ->
     async with running(tmp_path) as server:
         cast = await _cast(server)
         token = await _opaque(server, cast.client)
-        ((text,),) = _sql(tmp_path, "SELECT claims FROM access_token")
+        ((text,),) = await _sql(tmp_path, "SELECT claims FROM access_token")
         changes: tuple[dict[str, Any], ...] = (
             {"iss": "https://evil.test"},
             {"exp": 2**40},
@@ -378,9 +375,9 @@ async def test_claims_that_no_token_of_ours_has_are_not_taken(tmp_path: Path) ->
         for changed in changes:
             details = json.loads(text)
             details["claims"] |= changed
-            _sql(tmp_path, "UPDATE access_token SET claims = ?", json.dumps(details))
+            await _sql(tmp_path, "UPDATE access_token SET claims = ?", json.dumps(details))
             assert await _judged(server, cast, token) == "TOKEN_MALFORMED", changed
-        _sql(tmp_path, "UPDATE access_token SET claims = ?", text)
+        await _sql(tmp_path, "UPDATE access_token SET claims = ?", text)
         assert await _judged(server, cast, token) == "OK"
 
 

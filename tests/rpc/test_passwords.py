@@ -2,9 +2,8 @@
 
 import asyncio
 import json
-import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from tests.harness import (
     ISSUER,
     Failure,
     Running,
+    by_hand,
     failure,
     hand_clock,
     identity,
@@ -169,9 +169,8 @@ def hashes() -> Iterator[list[str]]:
         yield calls
 
 
-def rows(directory: Path, statement: str) -> list[Any]:
-    with closing(sqlite3.connect(directory / "authsvc.db")) as connection, connection:
-        return connection.execute(statement).fetchall()
+async def rows(directory: Path, statement: str) -> list[Any]:
+    return await by_hand(directory / "authsvc.db", statement)
 
 
 # --- SetPassword: who may ---
@@ -278,7 +277,7 @@ async def test_it_keeps_the_session_that_asks_for_it(tmp_path: Path) -> None:
         grace = await person(server, "grace")
         now = server.clock.wall()
         for session in ("mine", "other"):
-            rows(
+            await rows(
                 tmp_path,
                 "INSERT INTO session (session_id, user_id, rev, cutoff_keys, address, acr, amr,"
                 f" create_time, auth_time, expire_time) VALUES ('{session}', '{grace.user_id}',"
@@ -398,15 +397,15 @@ async def test_bad_codes_are_told_nothing_and_counted(at: Running, tmp_path: Pat
     assert calls == []
     assert len({(each.code, each.reason, each.text, *each.metadata) for each in found}) == 1
     counts = "SELECT count FROM failure"
-    assert rows(tmp_path, counts) == [(len(bad),)]
+    assert await rows(tmp_path, counts) == [(len(bad),)]
     assert await reason(reset(at, code, "short")) == "PASSWORD_NOT_ACCEPTED"
-    assert rows(tmp_path, counts) == [(len(bad),)]
-    rows(tmp_path, "UPDATE failure SET count = 99")
+    assert await rows(tmp_path, counts) == [(len(bad),)]
+    await rows(tmp_path, "UPDATE failure SET count = 99")
     assert await reason(reset(at, bad[0])) == "INVALID_GRANT"
     refused = await failure(reset(at, code))
     assert (refused.reason, refused.retry_after_s) == ("RATE_LIMITED", 1.0)
     await reset(at, code, who=identity("another"))
-    assert sorted(rows(tmp_path, counts)) == [(0,), (100,)]
+    assert sorted(await rows(tmp_path, counts)) == [(0,), (100,)]
 
 
 # --- guesses ---
@@ -445,7 +444,7 @@ async def test_unknown_and_wrong_cost_and_say_the_same(at: Running, tmp_path: Pa
     known = stories["known"]
     assert all(story == known for story in stories.values())
     assert known[-1] == ["verify"] * len([each for each in known[:-1] if each[3] is None])
-    audited = rows(tmp_path, "SELECT outcome, reason, action FROM audit WHERE outcome = 2")
+    audited = await rows(tmp_path, "SELECT outcome, reason, action FROM audit WHERE outcome = 2")
     assert len(audited) == len(stories) * len(known[-1])
 
 
@@ -527,10 +526,10 @@ async def test_success_forgets_the_account_and_not_the_peer(at: Running, tmp_pat
     for _ in range(4):
         assert await checked(at, "rita", "wrong") == "INVALID_GRANT"
     assert await checked(at, "sam", "wrong") == "INVALID_GRANT"
-    assert rows(tmp_path, counts) == [(1,), (4,), (5,)]
+    assert await rows(tmp_path, counts) == [(1,), (4,), (5,)]
     for _ in range(3):
         assert await checked(at, "rita", GOOD) == "OK"
-    assert rows(tmp_path, counts) == [(1,), (5,)]
+    assert await rows(tmp_path, counts) == [(1,), (5,)]
 
 
 async def test_account_is_counted_over_all_peers_and_a_peer_over_all_accounts(
@@ -546,9 +545,9 @@ async def test_account_is_counted_over_all_peers_and_a_peer_over_all_accounts(
     ]
     found = [await told(check("tom", "wrong", *each)) for each in peers]
     assert found == [("INVALID_GRANT", 0.0)] * 5
-    assert sorted(rows(tmp_path, "SELECT count FROM failure")) == [(1,)] * 5 + [(5,)]
+    assert sorted(await rows(tmp_path, "SELECT count FROM failure")) == [(1,)] * 5 + [(5,)]
     assert (await told(check("tom", "wrong", NOBODY, "10.0.0.3")))[0] == "RATE_LIMITED"
-    rows(tmp_path, "DELETE FROM failure")
+    await rows(tmp_path, "DELETE FROM failure")
     for number in range(100):
         assert (await told(check(f"n{number}", "wrong", NOBODY, "10.0.0.1")))[0] == "INVALID_GRANT"
     assert await told(check("new", "wrong", NOBODY, "10.0.0.1")) == (
@@ -583,7 +582,7 @@ async def test_full_queue_hashes_and_counts_nothing(tmp_path: Path) -> None:
                 assert refused.reason == "RATE_LIMITED"
                 assert refused.retry_after_s == 1.0
         assert done == []
-        assert set(rows(tmp_path, "SELECT count FROM failure")) == {(0,)}
+        assert set(await rows(tmp_path, "SELECT count FROM failure")) == {(0,)}
         room.release()
         await reset(server, code)
         await create(server, "victor", password=GOOD)
@@ -593,16 +592,16 @@ async def test_old_hash_is_replaced_when_it_was_right(tmp_path: Path) -> None:
     column = 'SELECT password_hash FROM "user"'
     async with running(tmp_path, passwords=config.Passwords(**CHEAP)) as server:
         await person(server, "wanda")
-    [(old,)] = rows(tmp_path, column)
+    [(old,)] = await rows(tmp_path, column)
     stronger = config.Passwords(memory_kib=128, passes=2)
     async with running(tmp_path, passwords=stronger) as server:
         assert await checked(server, "wanda", "wrong") == "INVALID_GRANT"
-        assert rows(tmp_path, column) == [(old,)]
+        assert await rows(tmp_path, column) == [(old,)]
         assert await checked(server, "wanda", GOOD) == "OK"
-        [(new,)] = rows(tmp_path, column)
+        [(new,)] = await rows(tmp_path, column)
         assert new.startswith("$argon2id$v=19$m=128,t=2,p=1$")
         assert await checked(server, "wanda", GOOD) == "OK"
-        assert rows(tmp_path, column) == [(new,)]
+        assert await rows(tmp_path, column) == [(new,)]
 
 
 async def test_hashing_of_another_password_that_was_set_meanwhile_is_no_rehash(

@@ -23,6 +23,7 @@ from tests.harness import (
     ADMIN,
     Member,
     Running,
+    by_hand,
     failure,
     hand_clock,
     outcome,
@@ -255,11 +256,7 @@ def place(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 async def sql(directory: Path, place: dict[str, Any], statement: str) -> list[Any]:
     if not place:
-        with (
-            closing(sqlite3.connect(directory / "authsvc.db", timeout=60)) as connection,
-            connection,
-        ):
-            return connection.execute(statement).fetchall()
+        return await by_hand(directory / "authsvc.db", statement)
     connection = await asyncpg.connect(place["url"].replace("+asyncpg", ""))
     try:
         return [tuple(row) for row in await connection.fetch(statement)]

@@ -2,10 +2,8 @@
 
 import asyncio
 import shutil
-import sqlite3
 import threading
 from collections.abc import AsyncIterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -20,6 +18,7 @@ from authsvc.store.port import Store
 from authsvc.store.sql import COMMAND_TIMEOUT_S, Database
 from authsvc_client.core.markers import MARKER_LIFETIME_S
 from tests.clocks import HandClock
+from tests.harness import by_hand
 from tests.servers import SUPERUSER, Postgres
 
 
@@ -67,8 +66,7 @@ class Place:
 async def sql(url: str, statement: str, *values: Any) -> list[Any]:
     """One statement over a connection of its own."""
     if url.startswith("sqlite"):
-        with closing(sqlite3.connect(url.partition(":///")[2])) as connection, connection:
-            return connection.execute(statement, values).fetchall()
+        return await by_hand(Path(url.partition(":///")[2]), statement, *values)
     connection = await asyncpg.connect(url.replace("+asyncpg", ""))
     try:
         rows = await connection.fetch(statement, *values)
