@@ -14,24 +14,22 @@ from pathlib import Path
 
 def stop_listening(ports: Collection[int]) -> None:
     """Refuses new connections; the kernel gives them to the others that share the ports."""
-    for each in _of(ports):
+    for number, each in _of(ports):
         if each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            _shut(each)
+            # What listens is closed, and its number kept: gRPC says nothing, and closes it later.
+            with socket.socket() as idle:
+                os.dup2(idle.fileno(), number, inheritable=False)
 
 
 def hang_up(ports: Collection[int]) -> None:
     """Ends the connections to these ports, at once."""
-    for each in _of(ports):
+    for _, each in _of(ports):
         if not each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            _shut(each)
+            with contextlib.suppress(OSError):  # it may be gone
+                each.shutdown(socket.SHUT_RDWR)
 
 
-def _shut(each: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # it may be gone, and macOS keeps listeners
-        each.shutdown(socket.SHUT_RDWR)
-
-
-def _of(ports: Collection[int]) -> Iterator[socket.socket]:
+def _of(ports: Collection[int]) -> Iterator[tuple[int, socket.socket]]:
     for file in Path("/dev/fd").iterdir():
         with contextlib.suppress(OSError):  # closed meanwhile
             number = int(file.name)
@@ -40,4 +38,4 @@ def _of(ports: Collection[int]) -> Iterator[socket.socket]:
             with socket.socket(fileno=os.dup(number)) as each:
                 inet = each.family in (socket.AF_INET, socket.AF_INET6)
                 if inet and each.getsockname()[1] in ports:
-                    yield each
+                    yield number, each
