@@ -250,3 +250,12 @@ PLANTS: dict[Plant, int] = {
     word_taken_back: 5,
 }
 """Each with the invariant that tells of it; others may be broken first."""
+SEEN_FROM: dict[Plant, int] = {
+    hop_without_its_age: 19,
+    message_advances: 29,
+    no_generation: 49,
+    beat_that_did_not_move: 53,
+    age_from_the_receipt: 130,
+    snapshot_of_two_histories: 135,
+}
+"""The first seed that found it once; who starts there need not search for long."""
