@@ -24,16 +24,19 @@ import pytest
 from authsvc_client import (
     AuthsvcClient,
     AuthsvcError,
+    Certificates,
     LocalValidator,
     Reason,
     SyncAuthsvcClient,
     SyncLocalValidator,
+    channel,
+    sync_channel,
 )
 from authsvc_client.core.state import State
 from authsvc_client.v1 import auth_pb2
 from authsvc_client.v1.auth_pb2_grpc import AuthServiceStub
 from tests.cluster.replicas import Cast, Link, Process, Replica, attempt, cast, environment
-from tests.harness import CA, ISSUER, TIMEOUT_S, build, connect, migrated, thumbprint, until
+from tests.harness import CA, ISSUER, TIMEOUT_S, build, migrated, thumbprint, until
 from tests.servers import launcher
 
 STALENESS_S = 5.0
@@ -130,12 +133,17 @@ def linked(port: int) -> Iterator[Link]:
         link.close()
 
 
+def _to(port: int, players: Cast) -> tuple[str, Certificates]:
+    who = players.owner.who
+    return f"localhost:{port}", Certificates(CA.pem, who.pem, who.key_pem)
+
+
 @asynccontextmanager
 async def async_validator(
     players: Cast, port: int, *, planted: bool = False
 ) -> AsyncIterator[Checker]:
     async with (
-        AuthsvcClient(connect(port, players.owner.who)) as client,
+        AuthsvcClient(channel(*_to(port, players), server_name="localhost")) as client,
         LocalValidator(client, issuer=ISSUER, staleness_max_s=STALENESS_S) as local,
     ):
         if planted:
@@ -151,12 +159,8 @@ async def async_validator(
 
 @asynccontextmanager
 async def sync_validator(players: Cast, port: int) -> AsyncIterator[Checker]:
-    who = players.owner.who
-    credentials = grpc.ssl_channel_credentials(CA.pem, who.key_pem, who.pem)
-    options = (("grpc.use_local_subchannel_pool", 1),)
-    channel = grpc.secure_channel(f"localhost:{port}", credentials, options)
     with (
-        SyncAuthsvcClient(channel) as client,
+        SyncAuthsvcClient(sync_channel(*_to(port, players), server_name="localhost")) as client,
         SyncLocalValidator(client, issuer=ISSUER, staleness_max_s=STALENESS_S) as local,
     ):
         thumb = thumbprint(players.app.who)
@@ -191,8 +195,8 @@ async def agent(players: Cast, port: int, root: Path) -> AsyncIterator[Checker]:
     try:
         await until(lambda: ready.exists() or child.poll() is not None, 60)
         assert json.loads(ready.read_text())["socket"] == str(place)
-        async with grpc.aio.insecure_channel(f"unix:{place}") as channel:
-            stub = AuthServiceStub(channel)
+        async with grpc.aio.insecure_channel(f"unix:{place}") as beside:
+            stub = AuthServiceStub(beside)
 
             async def ask(token: str) -> Reason:
                 request = build(
