@@ -20,7 +20,7 @@ from authsvc_client.core.state import State
 from authsvc_client.v1 import auth_pb2
 from tests.servers import Postgres
 
-from .load import Compared, Contender, Method, Round
+from .load import Compared, Contender, Method, Round, turn
 from .processes import Server, authsvc
 from .scene import Scene, connect, scene
 from .stage import FULL, Line, Stage, require_active
@@ -175,12 +175,7 @@ async def _compare(
             requests[at : at + stage.size.calls] if cold else requests * stage.size.calls
             for requests in asked
         )
-        if number % 2:
-            first = await floor.run(ours)
-            rounds.append(Round(first, await real.run(theirs)))
-        else:
-            second = await real.run(theirs)
-            rounds.append(Round(await floor.run(ours), second))
+        rounds.append(await turn(number, floor, real, ours, theirs=theirs))
     require_active(rounds)
     return rounds[1:]
 

@@ -96,10 +96,14 @@ async def turn(
     real: Contender,
     batch: Sequence[bytes],
     bare: str | None = None,
+    *,
+    theirs: Sequence[bytes] = (),
 ) -> Round:
-    """One round; who begins changes with its number."""
-    first, second = (floor, real) if number % 2 else (real, floor)
-    bursts = {first: await first.run(batch), second: await second.run(batch)}
+    """One round; who begins changes with its number. `theirs` is asked of `real` in place of
+    `batch`, where tokens of one are none of the other.
+    """
+    turns = [(floor, batch), (real, theirs or batch)][:: 1 if number % 2 else -1]
+    bursts = {each: await each.run(requests) for each, requests in turns}
     bare_s = floor.server.bare(bare) if bare else 0.0
     return Round(bursts[floor], bursts[real], bare_s)
 

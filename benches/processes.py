@@ -1,5 +1,6 @@
 """The servers under load, each a process of its own that ends with the one that started it."""
 
+import asyncio
 import base64
 import json
 import os
@@ -130,6 +131,15 @@ def cpu_s(*pids: int) -> float:
     """CPU seconds of these processes so far, all their threads."""
     threads = [each for pid in pids for each in Path(f"/proc/{pid}/task").iterdir()]
     return sum(int((each / "schedstat").read_text().split()[0]) for each in threads) / 1e9
+
+
+async def until_ready(process: "subprocess.Popen[bytes]", ready: Path) -> None:
+    """Waits for the file of a command that was told to write one; RuntimeError where it ends."""
+    async with asyncio.timeout(START_S_MAX):
+        while not ready.exists():  # noqa: ASYNC240 - a look at a local file
+            if process.poll() is not None:
+                raise RuntimeError(f"authsvc ended ({process.returncode})")
+            await asyncio.sleep(0.05)
 
 
 def floor(pki: Path, answers: Mapping[str, Answer], core: int | None) -> Server:

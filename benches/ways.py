@@ -20,12 +20,11 @@ from authsvc_client import AuthsvcClient
 from authsvc_client.v1 import auth_pb2
 
 from .local import asked, issuer, watching
-from .processes import cpu_s, own_environment, pin
+from .processes import cpu_s, own_environment, pin, until_ready
 from .scene import connect, files_of
 from .stage import Line, Stage
 
 BATCH = 100
-READY_S_MAX = 60.0
 
 Ask = Callable[[], Awaitable[Any]]
 
@@ -221,10 +220,6 @@ async def _agent(stage: Stage) -> AsyncIterator[_Agent]:
         pin(stage.cores.servers, process.pid)
         stack.callback(process.wait)
         stack.callback(process.terminate)
-        async with asyncio.timeout(READY_S_MAX):
-            while not ready.exists():
-                if process.poll() is not None:
-                    raise RuntimeError(f"the agent ended ({process.returncode})")
-                await asyncio.sleep(0.05)
+        await until_ready(process, ready)
         channel = grpc.aio.insecure_channel(f"unix:{path}")
         yield _Agent(await stack.enter_async_context(AuthsvcClient(channel)), process.pid)

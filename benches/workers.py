@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from authsvc_client.v1 import auth_pb2
 
 from .load import Burst, Method
-from .processes import START_S_MAX, Cores, cpu_s, own_environment
+from .processes import Cores, cpu_s, own_environment, until_ready
 from .scene import connect
 from .stage import Line, Stage
 
@@ -62,11 +62,7 @@ async def _served(stage: Stage, count: int) -> AsyncIterator[_Served]:
         _unpin(process.pid, stage.cores)  # before it starts its workers
         stack.callback(process.wait)
         stack.callback(process.terminate)
-        async with asyncio.timeout(START_S_MAX):
-            while not ready.exists():
-                if process.poll() is not None:
-                    raise RuntimeError(f"authsvc ended ({process.returncode})")
-                await asyncio.sleep(0.05)
+        await until_ready(process, ready)
         where = json.loads(ready.read_text())
         channels = [
             await stack.enter_async_context(connect(stage.scene.pki, "billing", where["port"]))

@@ -183,11 +183,9 @@ class Follow:
         """Counts from the beat, and only from one that moved: a database that takes no writes is
         none that others revoke on, and its clock may be wrong.
         """
-        if self._clock.boot() - started > READ_S_MAX:
+        if page.more or self._clock.boot() - started > READ_S_MAX:
             return
         since = 0.0
-        if page.more:
-            return
         if page.beat is not None:
             since = page.time - page.beat
             is_young = -BEAT_S < since < BEAT_LATE_S

@@ -96,6 +96,18 @@ def test_snapshot_that_took_long_is_followed_by_a_stream_that_resumes() -> None:
     assert stream.state.age(stream.boot) < 1
 
 
+def test_stream_that_took_too_long_to_open_confirms_nothing() -> None:
+    """Its time could be ahead of the database's by as much, and judged time never goes back."""
+    stream = Stream()
+    stream.opened(took_s=DELAY_S_MAX + 1)
+    with pytest.raises(OutOfStep):
+        stream.beat()
+    assert stream.state.confirmed is None
+    assert stream.opened() == stream.head
+    stream.beat()
+    assert stream.state.now(stream.boot) == pytest.approx(stream.boot + AHEAD, abs=0.1)
+
+
 def test_stream_that_took_long_to_open_is_opened_again_unless_all_of_them_take_long() -> None:
     """Else each confirmation by it would look as much older as it took, for as long as it lasts."""
     stream = Stream()
