@@ -4,10 +4,13 @@ import asyncio
 import json
 import os
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +20,7 @@ import grpc
 import jwt
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from authsvc import pki
@@ -173,8 +177,8 @@ class Process:
 
 
 @asynccontextmanager
-async def process(root: Path) -> AsyncIterator[Process]:
-    made = Process(root)
+async def process(root: Path, *arguments: str) -> AsyncIterator[Process]:
+    made = Process(root, arguments=arguments)
     await made.start()
     try:
         yield made
@@ -251,6 +255,46 @@ async def test_sigkill_forgets_nothing_that_was_answered(tmp_path: Path) -> None
             )
             assert await server.judged(await server.token(orders)) == "OK"
         assert before == {kept: "OK"} | dict.fromkeys(revoked, "TOKEN_REVOKED")
+
+
+HANDSHAKES, AT_ONCE, RENEWALS = 2_000, 16, 5
+
+
+async def test_handshakes_at_once_while_the_certificate_is_renewed_all_succeed(
+    tmp_path: Path,
+) -> None:
+    """gRPC's core crashed in the first few hundred, with and without a renewal."""
+    config = tmp_path / "authsvc.toml"
+    config.write_text("[tls]\nreload_s = 0.1\n")
+    async with process(tmp_path, "--config", str(config)) as server:
+        context = ssl.create_default_context(cafile=server.where["ca"])
+        context.load_cert_chain(*server.certificate("orders"))
+        context.set_alpn_protocols(["h2"])
+        address = ("127.0.0.1", server.where["port"])
+
+        def shake_hands(_: int) -> bytes | None:
+            with (
+                socket.create_connection(address, TIMEOUT_S) as raw,
+                context.wrap_socket(raw, server_hostname="localhost") as session,
+            ):
+                assert session.recv(1), "hung up on"
+                return session.getpeercert(binary_form=True)
+
+        seen = set[bytes | None]()
+        authority = pki.load(server.state / "pki")
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for renewal in range(1, RENEWALS + 1):
+                seen |= set(pool.map(shake_hands, range(HANDSHAKES // RENEWALS)))
+                pair = pki.issue(authority, now=time.time(), spiffe_path="authsvc", server=True)
+                pki.write_pair(*pair, server.state / "pki", "server")
+                under_way = pool.map(shake_hands, range(AT_ONCE))
+                log = tmp_path / "log"
+                await until(lambda: log.read_text().count('"tls_reloaded"') == renewal)  # noqa: B023
+                seen |= set(under_way)
+                der = x509.load_pem_x509_certificate(pair[0]).public_bytes(Encoding.DER)
+                assert shake_hands(0) == der
+        assert len(seen) >= RENEWALS
+        assert server.process.poll() is None
 
 
 # --- in this process, where a call can be held ---

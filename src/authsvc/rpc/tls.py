@@ -1,6 +1,7 @@
 """TLS of the listeners: certificate, key and CAs from files, replaced while they run."""
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +23,9 @@ from authsvc.rpc.peer import (
 
 T = TypeVar("T")
 
+HANDSHAKES_S = 0.25
+"""What handshakes that begin have, to take hold of the old configuration before it is freed; it
+takes them microseconds. The others wait meanwhile, once after each reload."""
 _NO_BUNDLES: Mapping[str, Path] = MappingProxyType({})
 
 _log = structlog.get_logger(__name__)
@@ -109,10 +113,25 @@ class ServerTls:
         return self.trust.pins(trust_domain)
 
     def credentials(self, *, client_certificates: bool = True) -> grpc.ServerCredentials:
-        """Of a listener that requires client certificates, or asks for none; follow `reload`."""
+        """Of one listener that requires client certificates, or asks for none; follow `reload`."""
+        taken = self._material
+
+        def fetch() -> grpc.ServerCertificateConfiguration | None:
+            """Asked at each handshake, one at a time. None keeps what was taken.
+
+            gRPC's core frees what it has for what it gets, though a handshake that asked just
+            before may be about to read it: a process that always answers crashes.
+            """
+            nonlocal taken
+            if taken is self._material:
+                return None
+            time.sleep(HANDSHAKES_S)
+            taken = self._material
+            return taken.configuration
+
         return grpc.dynamic_ssl_server_credentials(
-            self._material.configuration,
-            lambda: self._material.configuration,
+            taken.configuration,
+            fetch,  # type: ignore[arg-type] # the stubs do not know of None
             require_client_authentication=client_certificates,
         )
 
