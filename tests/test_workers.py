@@ -24,9 +24,12 @@ from authsvc_client.v1.clients_pb2_grpc import ClientServiceStub
 from tests.harness import TIMEOUT_S, outcome, until
 from tests.test_server import Process
 
-CHANNELS, CALLERS = 8, 24
+CHANNELS, CALLERS = 16, 64
 START_S = 60.0
 LOCAL = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+BACKOFF_S = 0.05
+"""As the client's retry policy: gRPC may put a call that is repeated at once on the very connection
+that is about to be given up."""
 
 
 @dataclass
@@ -80,7 +83,7 @@ class Workers(Process):
 
 
 class Load:
-    """Callers over many connections; a call that is UNAVAILABLE is made once more, at once or when
+    """Callers over many connections; a call that is UNAVAILABLE is made once more, soon or when
     there is a connection.
     """
 
@@ -110,6 +113,7 @@ class Load:
             code = await self._once(stub)
             if code == "UNAVAILABLE":
                 self.repeated += 1
+                await asyncio.sleep(BACKOFF_S)
                 code = await self._once(stub, wait_for_ready=self._waits)
             self.ended[code] += 1
             await asyncio.sleep(0.01)  # the machine is for others too
@@ -221,11 +225,9 @@ async def test_killed_worker_is_replaced_and_what_it_counted_stays(shared: Worke
 
 async def test_sighup_reloads_one_by_one_without_a_failed_call(shared: Workers) -> None:
     (shared.root / "authsvc.toml").write_text("[keys]\nmax_age_s = 222\n")
-    for _ in range(6):  # a machine that is too busy may turn the same call away twice
-        async with Load(shared, waits=True) as load:
+    async with Load(shared, waits=True) as load:
+        for _ in range(2):
             await shared.roll()
-        if set(load.ended) == {"OK"}:
-            break
     assert set(load.ended) == {"OK"}
     assert load.repeated, "no call was ever turned away: nothing was tested"
     async with shared.open() as channel:
