@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from authsvc.rpc import answers, pipeline, repeats
+from authsvc.rpc import answers, pipeline, repeats, server
 from authsvc.rpc.policy import Policy
 from authsvc_client.core.markers import Marker, MarkerKind, marker_key
 from authsvc_client.core.reason import Reason
@@ -204,8 +204,9 @@ KEYS: Bug = (Standing, "at", " or state.keys is not self._keys", "")
 END: Bug = (Standing, "at", "now > self._until or ", "")
 AGE: Bug = (Standing, "at", "state.require_fresh(boot,", "str(boot) or (")
 BOUND: Bug = (Standing, "at", "verified.claims.audiences if state.staleness else ()", "()")
-ROW: Bug = (Policy, "stand", "self._clients.row(grounds.key) is grounds.client", "True")
-CATALOG: Bug = (Policy, "stand", "self._catalog.held is grounds.catalog", "True")
+ROW: Bug = (Policy, "stand", "self._clients.row(grounds.key) is not grounds.client", "False")
+CATALOG: Bug = (Policy, "stand", "self._catalog.held is not grounds.catalog", "False")
+LOOKED: Bug = (Policy, "stand", "changes != grounds.changes", "grounds.changes < 0")
 PATH: Bug = (Policy, "stand", "grounds.since <= now < grounds.until", "True")
 TRUST: Bug = (repeats.Repeats, "__call__", "self._peers.trust() is not kept.trust", "False")
 
@@ -218,6 +219,7 @@ CHANGES: dict[str, tuple[Callable[[Scene], Awaitable[None]], str, Bug]] = {
     "its key gone": (_lose_the_key, "TOKEN_KEY_UNKNOWN", KEYS),
     "its end": (_outlive_the_token, "TOKEN_EXPIRED", END),
     "the asker suspended": (_suspend_asker, "CLIENT_SUSPENDED", ROW),
+    "the asker suspended, after a look": (_suspend_asker, "CLIENT_SUSPENDED", LOOKED),
     "the asker's scope gone": (_take_the_scope, "INSUFFICIENT_SCOPE", ROW),
     "another owner": (_give_the_resource_away, HIDDEN, CATALOG),
     "nothing heard for too long": (_hear_nothing, "STATE_STALE", AGE),
@@ -281,6 +283,17 @@ async def test_the_same_question_of_another_certificate_finds_nothing_by_mistake
     async with scene(tmp_path, monkeypatch) as at:
         await at.warm()
         assert await at.ask(at.holder) == "OK"
+
+
+async def test_metadata_that_nobody_reads_would_be_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "KEYS_READ", frozenset())
+    async with scene(tmp_path, monkeypatch) as at:
+        await at.warm()
+        auth = at.server.auth(at.asker.who)
+        call = auth.ValidateToken(at.request(), metadata=(("authorization", "Bearer x"),))
+        assert (await call).active
 
 
 async def test_bearer_on_the_same_connection_is_judged_as_itself(

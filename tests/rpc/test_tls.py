@@ -558,4 +558,4 @@ def test_construction_unusable_file_is_named(
 
 
 def test_material_repr_holds_no_key(listener: Listener) -> None:
-    assert "PRIVATE" not in repr((listener.tls, listener.tls._material, listener.tls._own.value))
+    assert "PRIVATE" not in repr((listener.tls, listener.tls.trust, listener.tls._own.value))

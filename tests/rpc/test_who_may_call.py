@@ -402,13 +402,13 @@ def test_rule_that_can_be_enforced_is_taken(rule: dict[str, Any]) -> None:
 def test_method_without_a_rule_that_is_enforced_does_not_start(rule: dict[str, Any]) -> None:
     pipeline: Any = Pipeline.__new__(Pipeline)
     with pytest.raises(ValueError, match=r"synthetic\.Service\.Method"):
-        pipeline.handler(_method(**rule), object())
+        pipeline.handlers(_method(**rule), object())
 
 
 def test_nearest_method_with_a_rule_starts() -> None:
     nothing: Any = None
     pipeline = Pipeline(nothing, nothing, nothing, Metrics(), SystemClock())
-    assert pipeline.handler(_method(public=True), object()).unary_unary
+    assert pipeline.handlers(_method(public=True), object()).all.unary_unary
 
 
 def test_every_method_of_the_contract_has_a_rule_of_this_table() -> None:

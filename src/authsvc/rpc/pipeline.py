@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 from urllib.parse import unquote
 
 import grpc
@@ -32,14 +32,17 @@ from authsvc.rpc.limits import Shape
 from authsvc.rpc.peer import AuthContext
 from authsvc.rpc.policy import Callers, Rule, rule_of
 from authsvc.rpc.rates import Limit, Rates
-from authsvc.rpc.repeats import Askers, Repeat, Repeats
+from authsvc.rpc.repeats import Repeat, Repeats
 from authsvc.rpc.timelimit import TimeLimit
 from authsvc.telemetry import Metrics, log_about
 
 DEADLINE_S_MAX = 30.0
 SEND_S_MAX = 10.0
 """So long the caller of a stream may take no message."""
+AUTHORIZATION_KEY = "authorization"
 REQUEST_ID_KEY = "x-request-id"
+KEYS_READ = frozenset((AUTHORIZATION_KEY, REQUEST_ID_KEY))
+"""Of the metadata of a call: all that anything here reads."""
 REFUSALS_MAX = 10
 """How many of a caller's refusals a worker audits in a minute; the others are in the log alone."""
 
@@ -131,6 +134,14 @@ Read = Callable[[bytes], Any]
 """Makes a request of bytes; raises AuthError for what is not within its limits."""
 Encode = Callable[[Any], bytes]
 Admit = Callable[[Rule, Context, str], Awaitable[Call]]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+
+class Handlers(NamedTuple):
+    """The handler of a method, and a cheaper one of calls without any of KEYS_READ."""
+
+    all: Handler
+    silent: Handler
 
 
 _ANYBODY = Rule(public=True, scopes=frozenset())
@@ -188,10 +199,8 @@ class Pipeline:
         await self._released.wait()
         raise AuthError(Reason.DRAINING)
 
-    def handler(
-        self, method: MethodDescriptor, servicer: object
-    ) -> "grpc.RpcMethodHandler[Any, Any]":
-        """The handler of a method; what the servicer lacks answers UNIMPLEMENTED. It may have a
+    def handlers(self, method: MethodDescriptor, servicer: object) -> Handlers:
+        """Those of a method; what the servicer lacks answers UNIMPLEMENTED. It may have a
         reader of its own, which then keeps to the limits itself.
 
         ValueError or KeyError where the method has no rule, or a field of it no limit.
@@ -207,9 +216,10 @@ class Pipeline:
         audited = own is None
         implementation = implementation or _not_built(method)
         if method.server_streaming:
-            return grpc.unary_stream_rpc_method_handler(
+            stream: Handler = grpc.unary_stream_rpc_method_handler(
                 self._stream(method, rule, read, implementation)
             )
+            return Handlers(stream, stream)
         admit: Admit = self._admit
         rates = self._rates
         repeats = None
@@ -220,8 +230,11 @@ class Pipeline:
                 admit = partial(self._admit_within, rates, limit)
         elif self._repeats is not None and method.name in getattr(servicer, "repeated", ()):
             repeats = self._repeats()
-        return grpc.unary_unary_rpc_method_handler(
-            self._unary(method, rule, admit, read, implementation, encode, repeats, audited=audited)
+        made = partial(
+            self._unary, method, rule, admit, read, implementation, encode, repeats, audited=audited
+        )
+        return Handlers(
+            *(grpc.unary_unary_rpc_method_handler(made(silent=each)) for each in (False, True))
         )
 
     async def _admit(self, rule: Rule, context: Context, given: str) -> Call:
@@ -286,6 +299,7 @@ class Pipeline:
         repeats: Repeats | None,
         *,
         audited: bool,
+        silent: bool,
     ) -> Callable[[bytes, Context], Awaitable[bytes]]:
         name, limit = method.full_name, self._limit
         observe = self._metrics.seconds.labels(name).observe
@@ -293,9 +307,8 @@ class Pipeline:
 
         async def unary(raw: bytes, context: Context) -> bytes:
             started = _seconds()
-            kept = repeats.of(raw) if repeats is not None else None
-            if repeats is not None and kept is not None and not self._draining:
-                again = _again(repeats, kept, context)
+            if repeats is not None and not self._draining:
+                again = repeats(raw, context) if silent else _again(repeats, raw, context)
                 if again is not None:
                     observe(_seconds() - started)
                     succeeded.value += 1
@@ -304,7 +317,7 @@ class Pipeline:
             call: Call | None = None
             task = limit.begin(started)
             try:
-                authorization, request_id = _metadata(context)
+                authorization, request_id = ("", "") if silent else _metadata(context)
                 if self._draining:
                     limit.end(task)
                     await self._refuse()
@@ -450,13 +463,13 @@ def _limited(implementation: Unary, rates: Rates, limit: Limit) -> Unary:
     return limited
 
 
-def _again(repeats: Repeats, kept: Askers, context: Context) -> bytes | None:
-    """An answer that is kept, if it stands; None where the call is to be judged in full."""
+def _again(repeats: Repeats, raw: bytes, context: Context) -> bytes | None:
+    """As `repeats`, of a call that says something by its metadata."""
     try:
         authorization, request_id = _metadata(context)
-        response = None if authorization else repeats(kept, context.auth_context())
-    except Exception:  # whatever it is, it is told by what judges in full
+    except AuthError:  # told by what judges in full
         return None
+    response = None if authorization else repeats(raw, context)
     if response is not None and request_id:
         context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
     return response
@@ -515,7 +528,7 @@ def _metadata(context: Context) -> tuple[str, str]:
     authorization: str | None = None
     request_id = ""
     for key, value in context.invocation_metadata() or ():
-        if key == "authorization":
+        if key == AUTHORIZATION_KEY:
             if authorization is not None or not isinstance(value, str):
                 raise AuthError(Reason.AUTH_METHOD_AMBIGUOUS, "authorization comes twice")
             authorization = value

@@ -54,7 +54,7 @@ def rule_of(method: MethodDescriptor) -> Rule:
     return Rule(rule.public, frozenset(rule.scopes))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Grounds:
     """What a client was found by, and may be again as long as it stands."""
 
@@ -67,6 +67,8 @@ class Grounds:
     until: float
     """Within these the certificate leads to the client's own CA, and before the second one the
     client is approved."""
+    changes: int = -1
+    """How often clients or the catalog had changed when row and catalog were last looked at."""
 
     @classmethod
     def of(cls, caller: Caller, client: Client, catalog: Catalog) -> "Grounds":
@@ -162,11 +164,14 @@ class Policy:
 
     def stand(self, grounds: Grounds, now: float) -> bool:
         """Whether the same caller would be found again, its peer being the same."""
-        return (
-            self._clients.row(grounds.key) is grounds.client
-            and self._catalog.held is grounds.catalog
-            and grounds.since <= now < grounds.until
-        )
+        changes = self._clients.changes + self._catalog.changes
+        if changes != grounds.changes:
+            if self._clients.row(grounds.key) is not grounds.client:
+                return False
+            if self._catalog.held is not grounds.catalog:
+                return False
+            grounds.changes = changes
+        return grounds.since <= now < grounds.until
 
     def is_taken(self, name: str, peer: Peer, now: float) -> bool:
         """Whether the audit knows another by this name in a peer's certificate: authsvc itself, or

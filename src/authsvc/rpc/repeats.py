@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from authsvc.clock import Clock
 from authsvc.model import Caller
@@ -16,6 +17,13 @@ _ENTRY_BYTES = 4096
 
 Repeat = Callable[[float], bytes | None]
 """The same answer at a boot time, or None where it has to be found anew. Raises StateStale."""
+
+
+class Connected(Protocol):
+    """A call, as far as its connection tells who makes it."""
+
+    def auth_context(self) -> AuthContext:
+        """As grpc.aio's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,25 +51,28 @@ class Repeats:
         self._policy = policy
         self._clock = clock
         self._kept: BytesCache[bytes, Askers] = BytesCache(REPEATS_BYTES_MAX)
-        self.of = self._kept.get
-        """Whose answers to these bytes are kept; None: nobody's."""
 
-    def __call__(self, askers: Askers, auth_context: AuthContext) -> bytes | None:
-        """The answer to who asks by nothing but its certificate; None where none stands.
-
-        Raises what judging in full raises as well.
+    def __call__(self, raw: bytes, call: Connected) -> bytes | None:
+        """The answer to who asks with these bytes, and by nothing but its certificate; None where
+        none stands, and where judging in full is to say why.
         """
-        shown = presented(auth_context)
-        for kept in askers:
-            if kept.presented == shown:
-                break
-        else:
+        askers = self._kept.get(raw)
+        if askers is None:
             return None
-        if self._peers.trust() is not kept.trust:
+        try:
+            shown = presented(call.auth_context())
+            for kept in askers:
+                if kept.presented == shown:
+                    break
+            else:
+                return None
+            if self._peers.trust() is not kept.trust:
+                return None
+            if not self._policy.stand(kept.grounds, self._clock.wall()):
+                return None
+            return kept.repeat(self._clock.boot())
+        except Exception:
             return None
-        if not self._policy.stand(kept.grounds, self._clock.wall()):
-            return None
-        return kept.repeat(self._clock.boot())
 
     def keep(
         self, raw: bytes, auth_context: AuthContext, caller: Caller, repeat: Repeat, now: float

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import grpc
 import structlog
@@ -13,7 +12,7 @@ from grpc_reflection.v1alpha import reflection
 
 from authsvc.clock import Clock
 from authsvc.rpc.limits import MESSAGE_BYTES_MAX, METADATA_BYTES_MAX
-from authsvc.rpc.pipeline import Pipeline
+from authsvc.rpc.pipeline import KEYS_READ, Handler, Handlers, Pipeline
 from authsvc.rpc.sockets import hang_up, stop_listening
 from authsvc_client.core.state import State
 from authsvc_client.v1 import (
@@ -79,13 +78,16 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 class _Handlers(grpc.GenericRpcHandler):
     """All methods in one table: one look-up a call, however many services there are."""
 
-    def __init__(self, handlers: "Mapping[str, grpc.RpcMethodHandler[Any, Any]]") -> None:
-        self._handlers = handlers
+    def __init__(self, handlers: Mapping[str, Handlers]) -> None:
+        self._silent = {name: each.silent for name, each in handlers.items()}
+        self._all = {name: each.all for name, each in handlers.items()}
 
-    def service(
-        self, handler_call_details: grpc.HandlerCallDetails
-    ) -> "grpc.RpcMethodHandler[Any, Any] | None":
-        return self._handlers.get(handler_call_details.method)
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> "Handler | None":
+        # Read here, since gRPC makes the metadata anew for each who asks for them.
+        for key, _ in handler_call_details.invocation_metadata or ():
+            if key in KEYS_READ:
+                return self._all.get(handler_call_details.method)
+        return self._silent.get(handler_call_details.method)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,18 +127,18 @@ class RpcServer:
         self._health = health.aio.HealthServicer()
         self._plain = grpc.aio.server(options=options)
         self._servers = [grpc.aio.server(options=options) for _ in listeners]
-        for server in (self._plain, *self._servers):
-            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._plain)
         names = (*(service.full_name for service in SERVICES), health.SERVICE_NAME)
         for server, listener in zip(self._servers, listeners, strict=True):
             handlers = {
-                f"/{service.full_name}/{method.name}": listener.pipeline.handler(
+                f"/{service.full_name}/{method.name}": listener.pipeline.handlers(
                     method, servicers.get(service.name)
                 )
                 for service in SERVICES
                 for method in service.methods
             }
-            server.add_generic_rpc_handlers((_Handlers(handlers),))
+            server.add_generic_rpc_handlers((_Handlers(handlers),))  # asked first at every call
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
             if reflect:
                 reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
 

@@ -40,14 +40,6 @@ class _Own:
     client_cas: Authorities
 
 
-@dataclass(frozen=True, slots=True)
-class _Material:
-    """What one handshake works with: replaced as a whole, never changed."""
-
-    trust: Trust
-    configuration: grpc.ServerCertificateConfiguration
-
-
 class _Followed(Generic[T]):
     """What files say, as of the last time that they could be used."""
 
@@ -101,12 +93,7 @@ class ServerTls:
         self._own = _Followed(self._files, self._load)
         for domain, file in bundle_files.items():
             self._bundles[domain] = _Followed((file,), partial(self._load_bundle, domain, file))
-        self._material = self._combine()
-
-    @property
-    def trust(self) -> Trust:
-        """Whose certificates are taken now; another object after each reload that changed it."""
-        return self._material.trust
+        self._combine()
 
     def pins(self, trust_domain: str) -> frozenset[str]:
         """As `Trust.pins`, now."""
@@ -114,7 +101,7 @@ class ServerTls:
 
     def credentials(self, *, client_certificates: bool = True) -> grpc.ServerCredentials:
         """Of one listener that requires client certificates, or asks for none; follow `reload`."""
-        taken = self._material
+        taken = self._configuration
 
         def fetch() -> grpc.ServerCertificateConfiguration | None:
             """Asked at each handshake, one at a time. None keeps what was taken.
@@ -123,14 +110,14 @@ class ServerTls:
             before may be about to read it: a process that always answers crashes.
             """
             nonlocal taken
-            if taken is self._material:
+            if taken is self._configuration:
                 return None
             time.sleep(HANDSHAKES_S)
-            taken = self._material
-            return taken.configuration
+            taken = self._configuration
+            return taken
 
         return grpc.dynamic_ssl_server_credentials(
-            taken.configuration,
+            taken,
             fetch,  # type: ignore[arg-type] # the stubs do not know of None
             require_client_authentication=client_certificates,
         )
@@ -143,7 +130,7 @@ class ServerTls:
         """
         changed = [self._own.reload(), *(bundle.reload() for bundle in self._bundles.values())]
         if any(changed):
-            self._material = self._combine()
+            self._combine()
             counts = {name: len(cas) for name, cas in self.trust.bundles.items()}
             _log.info("tls_reloaded", client_cas=len(self.trust.client_cas), bundles=counts)
         return any(changed)
@@ -154,17 +141,17 @@ class ServerTls:
             await asyncio.sleep(interval_s)
             await asyncio.to_thread(self.reload)  # the files may be on a network
 
-    def _combine(self) -> _Material:
+    def _combine(self) -> None:
         own = self._own.value
         bundles = {domain: bundle.value for domain, bundle in self._bundles.items()}
         for domain, authorities in bundles.items():
             if not authorities:  # allowed, and seldom meant
                 _log.warning("tls_bundle_empty", trust_domain=domain)
-        trust = Trust(own.client_cas, MappingProxyType(bundles))
-        configuration = grpc.ssl_server_certificate_configuration(
-            [(own.key, own.certificate)], trust.pem()
+        self.trust = Trust(own.client_cas, MappingProxyType(bundles))
+        """Whose certificates are taken now; another object after each reload that changed it."""
+        self._configuration = grpc.ssl_server_certificate_configuration(
+            [(own.key, own.certificate)], self.trust.pem()
         )
-        return _Material(trust, configuration)
 
     def _load(self, certificate: bytes, key: bytes, client_ca: bytes) -> _Own:
         cert_file, key_file, client_ca_file = self._files

@@ -30,13 +30,14 @@ class CachedClients:
         self.row = self._rows.get
         """The row of a key of the feed, where it is at hand."""
         self._by_thumbprint: BytesCache[str, tuple[str, bytes]] = BytesCache(2**22)
-        self._changes = 0
+        self.changes = 0
+        """How often any of them changed: as long as this is the same, each is."""
 
     async def changed(self, markers: tuple[Marker, ...]) -> None:
         """Drops what changed; called before the applied revision advances."""
         for marker in markers:
             if marker.kind is MarkerKind.CLIENT_CHANGED:
-                self._changes += 1
+                self.changes += 1
                 if marker.key == ANY_KEY:
                     self._rows.clear()
                 else:
@@ -49,12 +50,12 @@ class CachedClients:
         return client if client is not None else await self._load(client_id, key)
 
     async def _load(self, client_id: str, key: bytes) -> Client | None:
-        changes = self._changes
+        changes = self.changes
         _, client = await self._share(
             RowKind.CLIENT, key, client_id, partial(self._read, client_id)
         )
         # A change that came meanwhile may be newer than this read: do not keep what it dropped.
-        if client is not None and changes == self._changes:
+        if client is not None and changes == self.changes:
             self._rows.put(key, client, _CLIENT_BYTES)
         return client
 
@@ -103,20 +104,21 @@ class CachedCatalog:
         self._store = store
         self.held: Catalog | None = None
         """The catalog, where it is at hand."""
-        self._changes = 0
+        self.changes = 0
+        """How often it changed."""
 
     async def changed(self, markers: tuple[Marker, ...]) -> None:
         """Drops it where a resource changed."""
         if any(marker.kind is MarkerKind.RESOURCE_CHANGED for marker in markers):
-            self._changes += 1
+            self.changes += 1
             self.held = None
 
     async def __call__(self) -> Catalog:
         """The catalog, as of the applied revision or later."""
         if self.held is not None:
             return self.held
-        changes = self._changes
+        changes = self.changes
         catalog = await self._store.catalog()
-        if changes == self._changes:
+        if changes == self.changes:
             self.held = catalog
         return catalog
