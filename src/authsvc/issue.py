@@ -9,8 +9,8 @@ from authsvc.errors import AuthError, Reason, not_implemented
 from authsvc.grants import GRANTS
 from authsvc.grants.proof import Exchange, Password, Presented, Proof
 from authsvc.grants.token_exchange import ACCESS_TOKEN_TYPE, REFRESH_TOKEN_TYPE
-from authsvc.mint import Mint, Moment, OpenGrant, TokenAnswer
-from authsvc.model import Catalog, Client, GrantType, Origin, Peer
+from authsvc.mint import Again, Mint, Moment, OpenGrant, TokenAnswer
+from authsvc.model import AuthMethod, Catalog, Client, GrantType, Origin, Peer
 from authsvc.oauth.policy import require_grant, require_let_in, validated_by
 from authsvc.oauth.resources import Target, pick
 from authsvc.oauth.scopes import narrow
@@ -127,9 +127,12 @@ class IssueToken:
             expires=expires,
             revision=who.api_key.rev if who.api_key is not None else None,
         )
-        if request.exchange is None:
-            return answer
-        return replace(answer, issued_token_type=ACCESS_TOKEN_TYPE)
+        if request.exchange is not None:
+            return replace(answer, issued_token_type=ACCESS_TOKEN_TYPE)
+        if who.method is not AuthMethod.TLS_CLIENT_AUTH:
+            return answer  # each is to prove itself anew
+        again = self._mint.again(client, peer, origin, target)
+        return replace(answer, again=Again(client, catalog, again)) if again is not None else answer
 
     def _target(
         self,

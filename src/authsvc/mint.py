@@ -1,15 +1,17 @@
 """Making tokens: access tokens in the form that their resource can read, and grants."""
 
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import structlog
 
 from authsvc.clock import Clock
 from authsvc.errors import AuthError, Reason
 from authsvc.keys.jwe import Encrypter
+from authsvc.keys.jwt import encode
 from authsvc.keys.refresh import RefreshKeys
 from authsvc.keys.ring import KeyRing
 from authsvc.keys.secrets import (
@@ -19,7 +21,7 @@ from authsvc.keys.secrets import (
     new_id,
     new_secret,
 )
-from authsvc.model import Client, Grant, GrantType, Origin, Peer, Session, TokenFormat
+from authsvc.model import Catalog, Client, Grant, GrantType, Origin, Peer, Session, TokenFormat
 from authsvc.oauth.claims import Frozen, access_token_claims
 from authsvc.oauth.resources import Target
 from authsvc.store.port import GrantStore, SessionStore, StoredToken, TokenStore
@@ -32,6 +34,8 @@ MINT_S_MAX = 10.0
 
 log = structlog.get_logger()
 
+_NEW = frozenset(("exp", "iat", "jti", "rev"))
+"""Claims that no two tokens for the same request share."""
 _encrypter = lru_cache(maxsize=256)(Encrypter)
 
 
@@ -48,10 +52,33 @@ class TokenAnswer:
     refresh_token: str = field(default="", repr=False)
     issued_token_type: str = ""
     """At a token exchange (RFC 8693 section 2.2.1)."""
+    again: "Again | None" = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class Again:
+    """Issues one more token, of the moment of the call, as long as these are the same, and the
+    certificate leads to the client's CA. Raises as Mint.
+    """
+
+    client: Client
+    catalog: Catalog
+    issue: "Reissue"
+
+
+class Reissued(NamedTuple):
+    """What is new in one more token, as in TokenAnswer."""
+
+    access_token: str
+    jti: str
+    expires: int
+    lifetime_s: int
+
+
+Reissue = Callable[[], Reissued]
+
+
+class Moment(NamedTuple):
     """Before the first authority is read: `rev`, `iat` and `exp` count from here.
 
     Whatever is cut off while the token is made has a higher revision, and the token is dead.
@@ -114,28 +141,11 @@ class Mint:
         Raises AuthError PEER_CERTIFICATE_MISSING, INVALID_GRANT where nothing is left of its life,
         MINT_ABANDONED, and as TokenStore.
         """
-        bound = client.metadata.bound_access_tokens
-        if bound and not peer.thumbprint:
-            raise AuthError(Reason.PEER_CERTIFICATE_MISSING, "the client's tokens are bound to one")
-        now = int(moment.now)
-        end = int(min(now + target.lifetime_s, expires, client.approval_expire_time or math.inf))
-        if end <= now:
-            raise AuthError(Reason.INVALID_GRANT, cause="nothing is left of its life")
         frozen = None
         if target.freeze_permissions:
             frozen = await self._permissions(origin.subject, target.audiences[0])
-        jti = new_id()
-        claims = access_token_claims(
-            issuer=self._issuer,
-            client=client,
-            origin=origin,
-            target=target,
-            jti=jti,
-            now=now,
-            expires=end,
-            revision=moment.revision if revision is None else min(revision, moment.revision),
-            thumbprint=peer.thumbprint if bound else "",
-            permissions=frozen,
+        claims = self._claims(
+            moment, client, peer, origin, target, frozen, expires=expires, revision=revision
         )
         if target.token_format is TokenFormat.OPAQUE:
             token, kid = new_secret(ACCESS_TOKEN_PREFIX), ""
@@ -144,19 +154,79 @@ class Mint:
             token, kid = signer.sign(claims), signer.kid
         if target.token_format is TokenFormat.JWE:
             token = _encrypter(target.encryption_jwk).encrypt(token)
-        if len(token) > TOKEN_CHARS_MAX:
-            raise AuthError(Reason.INVALID_TARGET, "its permissions do not fit into a token")
+        answer = _answer(token, claims, target)
         if target.token_format is not TokenFormat.JWT:
-            await self._tokens.add(StoredToken(digest(token), kid, claims, float(end)))
+            await self._tokens.add(StoredToken(digest(token), kid, claims, float(answer.expires)))
         self.end(moment)
-        return TokenAnswer(
-            token,
-            jti,
-            tuple(sorted(target.scopes)),
-            target.audiences,
-            end,
-            end - now,
+        return answer
+
+    def again(self, client: Client, peer: Peer, origin: Origin, target: Target) -> Reissue | None:
+        """Issues such a token without a wait; None where it has to be written down, or permissions
+        looked up.
+        """
+        if target.freeze_permissions or target.token_format is not TokenFormat.JWT:
+            return None
+        claims = self._claims(self.begin(), client, peer, origin, target)
+        same = encode({name: value for name, value in claims.items() if name not in _NEW})[:-1]
+        lifetime_s, until = target.lifetime_s, client.approval_expire_time or math.inf
+
+        def reissue() -> Reissued:
+            moment = self.begin()
+            now, jti = int(moment.now), new_id()
+            end = int(min(now + lifetime_s, until))
+            if end <= now:
+                raise AuthError(Reason.INVALID_GRANT, cause="nothing is left of its life")
+            new = f'"exp":{end},"iat":{now},"jti":"{jti}","rev":{moment.revision}'
+            token = self._ring.signer.sign_text(f"{same},{new}}}")
+            return Reissued(token, jti, end, end - now)
+
+        return reissue
+
+    def _claims(
+        self,
+        moment: Moment,
+        client: Client,
+        peer: Peer,
+        origin: Origin,
+        target: Target,
+        permissions: Frozen | None = None,
+        *,
+        expires: float = math.inf,
+        revision: int | None = None,
+    ) -> dict[str, Any]:
+        bound = client.metadata.bound_access_tokens
+        if bound and not peer.thumbprint:
+            raise AuthError(Reason.PEER_CERTIFICATE_MISSING, "the client's tokens are bound to one")
+        now = int(moment.now)
+        end = int(min(now + target.lifetime_s, expires, client.approval_expire_time or math.inf))
+        if end <= now:
+            raise AuthError(Reason.INVALID_GRANT, cause="nothing is left of its life")
+        return access_token_claims(
+            issuer=self._issuer,
+            client=client,
+            origin=origin,
+            target=target,
+            jti=new_id(),
+            now=now,
+            expires=end,
+            revision=moment.revision if revision is None else min(revision, moment.revision),
+            thumbprint=peer.thumbprint if bound else "",
+            permissions=permissions,
         )
+
+
+def _answer(token: str, claims: Mapping[str, Any], target: Target) -> TokenAnswer:
+    if len(token) > TOKEN_CHARS_MAX:
+        raise AuthError(Reason.INVALID_TARGET, "its permissions do not fit into a token")
+    end: int = claims["exp"]
+    return TokenAnswer(
+        token,
+        claims["jti"],
+        tuple(sorted(target.scopes)),
+        target.audiences,
+        end,
+        end - claims["iat"],
+    )
 
 
 @dataclass(frozen=True, slots=True)

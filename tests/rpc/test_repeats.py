@@ -90,8 +90,8 @@ async def scene(directory: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
     given: list[bool] = []
     real = answers._Repeat.__call__
 
-    def seen(self: answers._Repeat, boot: float) -> bytes | None:
-        answer = real(self, boot)
+    def seen(self: answers._Repeat, *of: Any) -> bytes | None:
+        answer = real(self, *of)
         given.append(answer is not None)
         return answer
 
@@ -230,7 +230,7 @@ CHANGES: dict[str, tuple[Callable[[Scene], Awaitable[None]], str, Bug]] = {
 }
 
 
-def _plant(monkeypatch: pytest.MonkeyPatch, bug: Bug) -> None:
+def plant(monkeypatch: pytest.MonkeyPatch, bug: Bug) -> None:
     owner, name, right, wrong = bug
     real = getattr(owner, name)
     source = textwrap.dedent(inspect.getsource(real))
@@ -247,7 +247,7 @@ async def test_whatever_it_was_made_from_ends_it_at_the_next_call(
 ) -> None:
     happens, told, bug = CHANGES[change]
     if planted:
-        _plant(monkeypatch, bug)
+        plant(monkeypatch, bug)
     async with scene(tmp_path, monkeypatch) as at:
         await at.warm_all()
         await happens(at)
@@ -279,7 +279,7 @@ async def test_the_same_question_of_another_certificate_finds_nothing_by_mistake
 ) -> None:
     """The test above can fail."""
     bug: Bug = (repeats.Repeats, "__call__", "kept.presented == shown", "True")
-    _plant(monkeypatch, bug)
+    plant(monkeypatch, bug)
     async with scene(tmp_path, monkeypatch) as at:
         await at.warm()
         assert await at.ask(at.holder) == "OK"

@@ -33,7 +33,8 @@ _GENERATE: Mapping[str, Callable[[], Any]] = {
 }
 ALGORITHMS_OFFERED = tuple(_GENERATE)
 _SEALED_FOR = "signing-key:"
-_compact = json.JSONEncoder(separators=(",", ":")).encode
+encode = json.JSONEncoder(separators=(",", ":")).encode
+"""Claims as a text."""
 
 
 def _segment(raw: bytes) -> bytes:
@@ -52,11 +53,15 @@ class Signer:
         self._algorithm = ALGORITHMS[key.alg]
         self._key = self._algorithm.prepare_key(load_der_private_key(private, password=None))
         header = {"alg": key.alg, "kid": key.kid, "typ": "at+jwt"}
-        self._header = _segment(_compact(header).encode()) + b"."
+        self._header = _segment(encode(header).encode()) + b"."
 
     def sign(self, claims: Mapping[str, Any]) -> str:
         """A compact JWS over the claims."""
-        body = self._header + _segment(_compact(claims).encode())
+        return self.sign_text(encode(claims))
+
+    def sign_text(self, claims: str) -> str:
+        """A compact JWS over claims that are encoded already."""
+        body = self._header + _segment(claims.encode())
         signature: bytes = self._algorithm.sign(body, self._key)
         return (body + b"." + _segment(signature)).decode()
 

@@ -12,7 +12,9 @@ from authsvc.validate import Answer
 from authsvc_client import AuthsvcClient, AuthsvcError
 from authsvc_client.core.judge import require_entitled
 from authsvc_client.core.jws import Refused
-from authsvc_client.messages import is_jwt
+from authsvc_client.errors import reason_of
+from authsvc_client.messages import is_jwt, knowing
+from authsvc_client.v1 import auth_pb2, error_reason_pb2
 from authsvc_client.validator import Local
 
 _SCOPES = frozenset({SCOPE_VALIDATE})
@@ -31,6 +33,9 @@ class Everybody:
 
     async def find(self, peer: Peer, authorization: str, now: float) -> Caller:  # noqa: ARG002
         return Caller("local", "", _SCOPES, self._audiences, peer)
+
+    def grounds(self, caller: Caller) -> None:  # noqa: ARG002
+        return None
 
     def is_taken(self, name: str, peer: Peer, now: float) -> bool:  # noqa: ARG002
         return False
@@ -70,13 +75,23 @@ class Beside:
             require_entitled(question, {question.audience})
         except Refused:
             return b""
-        self._local.asks()
+        request = knowing(asked.request, self._local.asks())
         try:
-            response = await self._client.ask(asked.request)
+            response = await self._client.ask(request)
         except AuthsvcError as error:
+            if error.reason is Reason.REVISION_UNKNOWN and request is not asked.request:
+                raise AuthError(Reason.STATE_STALE, retry_after_s=1.0) from error
             raise _known(error) from error
         finally:
             self._local.asking -= 1
+        reason = self._local.told(asked.token, reason_of(response.reason))
+        if response.active and reason:
+            response = auth_pb2.ValidateTokenResponse(
+                reason=error_reason_pb2.ErrorReason.ValueType(reason),
+                revision=response.revision,
+                check_time=response.check_time,
+                reusable_until=response.check_time,
+            )
         return bytes(response.SerializeToString())
 
 

@@ -13,7 +13,7 @@ from authsvc.rpc import status
 from authsvc.rpc.convert import Asked, VerdictEncoder
 from authsvc.rpc.limits import Shape, field_invalid
 from authsvc.rpc.pipeline import Call
-from authsvc.rpc.repeats import Repeat
+from authsvc.rpc.repeats import Context, Repeat
 from authsvc.telemetry import Counter, Metrics
 from authsvc.validate import Answer, ValidateToken
 from authsvc_client.core.cache import BytesCache
@@ -145,7 +145,7 @@ class _Repeat:
         self._encode = encode.again
         self._count = count
 
-    def __call__(self, boot: float) -> bytes | None:
+    def __call__(self, boot: float, _context: Context, _request_id: str) -> bytes | None:
         revision = self._state.revision
         now = self._at(boot) if revision >= self._at_least else None
         if now is None:

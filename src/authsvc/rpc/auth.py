@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from functools import partial
 
 import structlog
 from google.protobuf.duration_pb2 import Duration
@@ -10,6 +11,8 @@ from authsvc.authenticate import Authenticate, Credentials
 from authsvc.errors import AuthError, Reason
 from authsvc.feed.watch import WatchChanges
 from authsvc.issue import IssueToken, TokenRequest
+from authsvc.keys.secrets import new_id
+from authsvc.mint import Again
 from authsvc.model import SCOPE_ADMIN, Caller, GrantType
 from authsvc.oauth.policy import NOT_LET_IN
 from authsvc.refresh import RefreshRequest, RefreshToken
@@ -18,8 +21,10 @@ from authsvc.revoke import Revocation, RevokeToken
 from authsvc.rpc import convert, registered
 from authsvc.rpc.answers import Batch, Judged, Questions
 from authsvc.rpc.limits import field_invalid
-from authsvc.rpc.pipeline import Call, Read
-from authsvc.telemetry import Metrics
+from authsvc.rpc.pipeline import REQUEST_ID_KEY, Call, Read, name_of
+from authsvc.rpc.policy import Grounds
+from authsvc.rpc.repeats import Context
+from authsvc.telemetry import Metrics, log_about
 from authsvc.validate import ValidateToken
 from authsvc_client.core.state import State
 from authsvc_client.v1 import auth_pb2
@@ -59,7 +64,7 @@ class AuthServicer:
         self._judged = Judged(validate, state, metrics)
         self._batch = Batch(self._judged)
         questions = Questions()
-        self.repeated = frozenset({"ValidateToken"})
+        self.repeated = frozenset({"ValidateToken", "IssueToken"})
         self.readers: Mapping[str, Read] = {
             "ValidateToken": questions.one,
             "BatchValidateTokens": questions.many,
@@ -83,14 +88,12 @@ class AuthServicer:
             call.address,
         )
         answer = await self._issue(asked, call.peer)
-        log.info(
-            "token.issued",
-            client=request.client_id,
-            jti=answer.jti,
-            audiences=answer.audiences,
-            grant=grant,
-        )
-        return auth_pb2.IssueTokenResponse(token=convert.issued_pb(answer))
+        _log_issued(request.client_id, answer.jti, answer.audiences, grant)
+        response = auth_pb2.IssueTokenResponse(token=convert.issued_pb(answer))
+        if (again := answer.again) is not None:
+            call.grounds = Grounds.of(again.client, call.peer, again.catalog)
+            call.repeat = _Reissue(again, call, answer.audiences, grant, response)
+        return response
 
     async def RefreshToken(
         self, request: auth_pb2.RefreshTokenRequest, call: Call
@@ -196,6 +199,45 @@ async def _registrant(call: Call) -> Caller | None:
         if error.reason in NOT_LET_IN:
             return None
         raise
+
+
+class _Reissue:
+    """Issues a token once more, for the same request."""
+
+    __slots__ = ("_about", "_audiences", "_client_id", "_grant", "_issue", "_response")
+
+    def __init__(
+        self,
+        again: Again,
+        call: Call,
+        audiences: tuple[str, ...],
+        grant: str,
+        response: auth_pb2.IssueTokenResponse,
+    ) -> None:
+        self._issue = again.issue
+        self._client_id = again.client.client_id
+        self._about = {"method": call.method, "peer": name_of(call.peer)}
+        self._audiences = audiences
+        self._grant = grant
+        self._response = response
+
+    def __call__(self, _boot: float, context: Context, request_id: str) -> bytes:
+        answer = self._issue()
+        log_about(partial(self._line, context, request_id))
+        _log_issued(self._client_id, answer.jti, self._audiences, self._grant)
+        convert.reissue(self._response.token, answer)
+        return self._response.SerializeToString()
+
+    def _line(self, context: Context, request_id: str) -> dict[str, str]:
+        """As Call.line: an id that is made because somebody logs is told to the caller."""
+        if not request_id:
+            request_id = new_id()
+            context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
+        return {**self._about, "request_id": request_id}
+
+
+def _log_issued(client_id: str, jti: str, audiences: tuple[str, ...], grant: str) -> None:
+    log.info("token.issued", client=client_id, jti=jti, audiences=audiences, grant=grant)
 
 
 def _credentials(client_id: str, credential: auth_pb2.ClientCredential, call: Call) -> Credentials:

@@ -11,7 +11,7 @@ from authsvc.errors import AuthError, Reason, not_implemented
 from authsvc.feed.recent import Beat, Event
 from authsvc.grants.proof import Exchange, Password
 from authsvc.identify import NEVER
-from authsvc.mint import TokenAnswer
+from authsvc.mint import Reissued, TokenAnswer
 from authsvc.model import (
     Resource,
     SigningKey,
@@ -143,6 +143,14 @@ def issued_pb(answer: TokenAnswer) -> auth_pb2.IssuedToken:
         refresh_token=answer.refresh_token,
         issued_token_type=answer.issued_token_type,
     )
+
+
+def reissue(token: auth_pb2.IssuedToken, answer: Reissued) -> None:
+    """Makes of one the next for the same request: to make a message took longer than to fill it."""
+    token.access_token = answer.access_token
+    token.jti = answer.jti
+    token.expire_time.seconds = answer.expires
+    token.expires_in.seconds = answer.lifetime_s
 
 
 class Asked:

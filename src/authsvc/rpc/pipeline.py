@@ -30,7 +30,7 @@ from authsvc.model import NOBODY, SCOPE_ADMIN, Caller, Peer
 from authsvc.rpc import status
 from authsvc.rpc.limits import Shape
 from authsvc.rpc.peer import AuthContext
-from authsvc.rpc.policy import Callers, Rule, rule_of
+from authsvc.rpc.policy import Callers, Grounds, Rule, rule_of
 from authsvc.rpc.rates import Limit, Rates
 from authsvc.rpc.repeats import Repeat, Repeats
 from authsvc.rpc.timelimit import TimeLimit
@@ -72,6 +72,8 @@ class Call:
     _address: str | None = None
     repeat: Repeat | None = None
     """Gives the answer again, where the verb says that it stands."""
+    grounds: Grounds | None = None
+    """Of the client of a public method, where it authenticated by its certificate alone."""
 
     @property
     def request_id(self) -> str:
@@ -223,13 +225,15 @@ class Pipeline:
         admit: Admit = self._admit
         rates = self._rates
         repeats = None
+        if self._repeats is not None and method.name in getattr(servicer, "repeated", ()):
+            repeats = self._repeats()
         if rates is not None and (limit := rates.limit_of(method)) is not None:
+            if rates.counts(limit):
+                repeats = None  # each call is to be counted
             if rule.public:
                 implementation = _limited(implementation, rates, limit)
             else:
                 admit = partial(self._admit_within, rates, limit)
-        elif self._repeats is not None and method.name in getattr(servicer, "repeated", ()):
-            repeats = self._repeats()
         made = partial(
             self._unary, method, rule, admit, read, implementation, encode, repeats, audited=audited
         )
@@ -338,7 +342,9 @@ class Pipeline:
                 answer = await implementation(request, call)
                 response = answer if isinstance(answer, bytes) else encode(answer)
                 if repeats is not None and call.repeat is not None and not authorization:
-                    repeats.keep(raw, context.auth_context(), call.caller, call.repeat, call.now)
+                    grounds = call.grounds or self._policy.grounds(call.caller)
+                    if grounds is not None:
+                        repeats.keep(raw, context.auth_context(), grounds, call.repeat, call.now)
             except asyncio.CancelledError:
                 if not limit.exceeded(task):
                     self._metrics.calls.labels(name, "CANCELLED").inc()
@@ -455,10 +461,13 @@ def _limited(implementation: Unary, rates: Rates, limit: Limit) -> Unary:
         rates.turn_away(who)
         await rates.count(limit, who)
         try:
-            return await implementation(request, call)
+            answer = await implementation(request, call)
         except AuthError as error:
             await rates.failed(who, error)
             raise
+        if (repeat := call.repeat) is not None:
+            call.repeat = lambda *of: None if rates.is_away(who) else repeat(*of)
+        return answer
 
     return limited
 
@@ -469,7 +478,7 @@ def _again(repeats: Repeats, raw: bytes, context: Context) -> bytes | None:
         authorization, request_id = _metadata(context)
     except AuthError:  # told by what judges in full
         return None
-    response = None if authorization else repeats(raw, context)
+    response = None if authorization else repeats(raw, context, request_id)
     if response is not None and request_id:
         context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
     return response

@@ -71,10 +71,12 @@ class Grounds:
     """How often clients or the catalog had changed when row and catalog were last looked at."""
 
     @classmethod
-    def of(cls, caller: Caller, client: Client, catalog: Catalog) -> "Grounds":
-        """KeyError for a peer that is not the client's."""
+    def of(cls, client: Client, peer: Peer, catalog: Catalog) -> "Grounds":
+        """Of a client by its certificate alone. KeyError for a peer that is not the client's."""
+        audiences = validated_by(client, catalog)
+        caller = Caller(client.client_id, client.client_id, client.metadata.scopes, audiences, peer)
         identity = client.metadata.identity
-        path = caller.peer.paths[identity.ca if identity is not None else ""]
+        path = peer.paths[identity.ca if identity is not None else ""]
         approved = client.approval_expire_time
         return cls(
             caller,
@@ -94,6 +96,9 @@ class Callers(Protocol):
 
     async def find(self, peer: Peer, authorization: str, now: float) -> Caller | None:
         """The caller, or None for a peer that is nobody yet."""
+
+    def grounds(self, caller: Caller) -> Grounds | None:
+        """What a caller was made of, if it came by its certificate alone and was just found."""
 
     def is_taken(self, name: str, peer: Peer, now: float) -> bool:
         """Whether another is known by this name in a peer's certificate."""
@@ -155,10 +160,15 @@ class Policy:
             and held.catalog is catalog
         ):
             return held.caller
-        return self._as_client(client, peer, catalog)
+        # None where it did not register its certificate as a way to authenticate.
+        if AuthMethod.TLS_CLIENT_AUTH not in client.metadata.auth_methods:
+            return None
+        found = Grounds.of(client, peer, catalog)
+        self._callers.put(peer.thumbprint, found, 4096)
+        return found.caller
 
     def grounds(self, caller: Caller) -> Grounds | None:
-        """What a caller was made of, if it came by its certificate alone and was just found."""
+        """See Callers."""
         held = self._callers.get(caller.peer.thumbprint)
         return held if held is not None and held.caller is caller else None
 
@@ -184,15 +194,6 @@ class Policy:
         if ca is None:
             return False
         return CertificateIdentity(IdentityKind.SAN_URI, peer.spiffe_id, ca).matches(peer, now)
-
-    def _as_client(self, client: Client, peer: Peer, catalog: Catalog) -> Caller | None:
-        """None where the client did not register its certificate as a way to authenticate."""
-        if AuthMethod.TLS_CLIENT_AUTH not in client.metadata.auth_methods:
-            return None
-        audiences = validated_by(client, catalog)
-        caller = Caller(client.client_id, client.client_id, client.metadata.scopes, audiences, peer)
-        self._callers.put(peer.thumbprint, Grounds.of(caller, client, catalog), 4096)
-        return caller
 
     async def _by_token(self, peer: Peer, authorization: str) -> Caller:
         """A bearer token for authsvc itself, bound or not; its client must still be let in."""

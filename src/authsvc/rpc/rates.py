@@ -101,6 +101,10 @@ class Rates:
         limit = limit_of(method)
         return limit if {limit, Limit.REFUSED} & self._rates.keys() else None
 
+    def counts(self, limit: Limit) -> bool:
+        """Whether calls are counted against it, not only those that are refused."""
+        return limit in self._rates
+
     async def count(self, limit: Limit, who: str) -> None:
         """Counts a call; AuthError RATE_LIMITED where it is one too many."""
         rate = self._rates.get(limit)
@@ -112,6 +116,11 @@ class Rates:
         until = self._away.get(who)
         if until is not None and (wait_s := until - self._clock.boot()) > 0:
             raise self._too_many(Limit.REFUSED, self._rates[Limit.REFUSED], wait_s)
+
+    def is_away(self, who: str) -> bool:
+        """Whether `turn_away` would raise."""
+        until = self._away.get(who)
+        return until is not None and until > self._clock.boot()
 
     async def failed(self, who: str, error: AuthError) -> None:
         """Counts a call that was refused for who made it."""

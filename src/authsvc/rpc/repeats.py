@@ -1,11 +1,13 @@
-"""Answers that are asked for again, in the same bytes by the same certificate."""
+"""Answers that are asked for again, in the same bytes by the same certificate.
+
+A verdict is given again, and a token is issued anew: what stands is who asks, and what for.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from authsvc.clock import Clock
-from authsvc.model import Caller
 from authsvc.rpc.peer import AuthContext, Peers, Presented, Trust, presented
 from authsvc.rpc.policy import Grounds, Policy
 from authsvc_client.core.cache import BytesCache
@@ -15,15 +17,21 @@ ASKERS_MAX = 8
 """Certificates that ask the same; replicas of a service have one each."""
 _ENTRY_BYTES = 4096
 
-Repeat = Callable[[float], bytes | None]
-"""The same answer at a boot time, or None where it has to be found anew. Raises StateStale."""
 
-
-class Connected(Protocol):
-    """A call, as far as its connection tells who makes it."""
+class Context(Protocol):
+    """Of a call, as grpc.aio has it."""
 
     def auth_context(self) -> AuthContext:
-        """As grpc.aio's."""
+        """Who is on the connection."""
+
+    def set_trailing_metadata(self, metadata: tuple[tuple[str, str], ...]) -> None:
+        """What follows the answer."""
+
+
+Repeat = Callable[[float, Context, str], bytes | None]
+"""The answer anew, at a boot time, to a call by its context and request id, if it has one; None
+where it has to be found in full. Raises StateStale and AuthError.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +60,7 @@ class Repeats:
         self._clock = clock
         self._kept: BytesCache[bytes, Askers] = BytesCache(REPEATS_BYTES_MAX)
 
-    def __call__(self, raw: bytes, call: Connected) -> bytes | None:
+    def __call__(self, raw: bytes, context: Context, request_id: str = "") -> bytes | None:
         """The answer to who asks with these bytes, and by nothing but its certificate; None where
         none stands, and where judging in full is to say why.
         """
@@ -60,7 +68,7 @@ class Repeats:
         if askers is None:
             return None
         try:
-            shown = presented(call.auth_context())
+            shown = presented(context.auth_context())
             for kept in askers:
                 if kept.presented == shown:
                     break
@@ -70,16 +78,16 @@ class Repeats:
                 return None
             if not self._policy.stand(kept.grounds, self._clock.wall()):
                 return None
-            return kept.repeat(self._clock.boot())
+            return kept.repeat(self._clock.boot(), context, request_id)
         except Exception:
             return None
 
     def keep(
-        self, raw: bytes, auth_context: AuthContext, caller: Caller, repeat: Repeat, now: float
+        self, raw: bytes, auth_context: AuthContext, grounds: Grounds, repeat: Repeat, now: float
     ) -> None:
-        """Keeps the answer that a caller just had, if it came by its certificate alone."""
-        trust, grounds = self._peers.trust(), self._policy.grounds(caller)
-        if grounds is None or self._peers(auth_context, now) is not caller.peer:
+        """Keeps what gives the answer anew that was just given to a client on such grounds."""
+        trust = self._peers.trust()
+        if self._peers(auth_context, now) is not grounds.caller.peer:
             return
         shown = presented(auth_context)
         others = tuple(kept for kept in self._kept.get(raw) or () if kept.presented != shown)
