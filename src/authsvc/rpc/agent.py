@@ -55,31 +55,32 @@ class Beside:
 
     def at_hand(self, asked: Asked, call: Call) -> bytes | None:
         """See answers.Source."""
-        question = asked.by(call.caller.audiences)
-        remote = asked.full or question.permissions or not is_jwt(asked.token)
-        if remote or asked.is_beyond(self._local.state.revision):
+        question = asked.terms.by(call.caller.audiences)
+        remote = asked.terms.full or question.permissions or not is_jwt(asked.token)
+        if remote or asked.terms.is_beyond(self._local.state.revision):
             return None
         try:
             verdict = self._local.judge(asked.token, question)
         except AuthsvcError as error:
             raise _known(error) from error
-        return self._encode(Answer(verdict), asked.view) if verdict is not None else None
+        return self._encode(Answer(verdict), asked.terms.view) if verdict is not None else None
 
     async def __call__(self, asked: Asked, call: Call) -> bytes:
         """See answers.Source."""
         found = self.at_hand(asked, call)
         if found is not None:
             return found
-        question = asked.by(call.caller.audiences)
+        question = asked.terms.by(call.caller.audiences)
         try:  # authsvc knows what the agent may ask about, and not who asks the agent
             require_entitled(question, {question.audience})
         except Refused:
             return b""
-        request = knowing(asked.request, self._local.asks())
+        told = asked.request
+        request = knowing(told, self._local.asks())
         try:
             response = await self._client.ask(request)
         except AuthsvcError as error:
-            if error.reason is Reason.REVISION_UNKNOWN and request is not asked.request:
+            if error.reason is Reason.REVISION_UNKNOWN and request is not told:
                 raise AuthError(Reason.STATE_STALE, retry_after_s=1.0) from error
             raise _known(error) from error
         finally:

@@ -10,7 +10,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from authsvc.errors import AuthError, not_implemented
 from authsvc.model import SCOPE_VALIDATE
 from authsvc.rpc import status
-from authsvc.rpc.convert import Asked, VerdictEncoder
+from authsvc.rpc.convert import Asked, Terms, VerdictEncoder
 from authsvc.rpc.limits import Shape, field_invalid
 from authsvc.rpc.pipeline import Call
 from authsvc.rpc.repeats import Context, Repeat
@@ -23,7 +23,7 @@ from authsvc_client.core.standing import Standing
 from authsvc_client.core.state import State
 from authsvc_client.v1 import auth_pb2, error_reason_pb2
 
-ASKED_BYTES_MAX = 32 * 2**20
+TERMS_BYTES_MAX = 8 * 2**20
 ITEMS_MAX = 256
 TURN_ITEMS = 32
 """After so many the event loop has its turn: each may ask for a signature check."""
@@ -32,19 +32,27 @@ log = structlog.get_logger()
 
 
 class Questions:
-    """Reads requests: the same token is asked for again and again, in the same bytes."""
+    """Reads requests. Most differ from others in the token alone, so what is around it is decoded
+    and checked once.
+    """
 
     def __init__(self) -> None:
         self._shape = Shape(auth_pb2.ValidateTokenRequest.DESCRIPTOR)
-        self._known: BytesCache[bytes, Asked] = BytesCache(ASKED_BYTES_MAX)
+        self._known: BytesCache[bytes, Terms] = BytesCache(TERMS_BYTES_MAX)
 
     def one(self, raw: bytes) -> Asked:
         """Raises AuthError FIELD_INVALID, NOT_IMPLEMENTED, and DecodeError."""
-        found = self._known.get(raw)
-        if found is None:
-            return self._read(raw, auth_pb2.ValidateTokenRequest.FromString(raw))
-        found.again = True
-        return found
+        token, rest = _parted(raw)
+        terms = self._known.get(rest) if token else None
+        if terms is not None:
+            return Asked(token, terms, raw)
+        request = auth_pb2.ValidateTokenRequest.FromString(raw)
+        self._shape.check(request)
+        terms = Terms(request)
+        # A second token behind the first would be the one that counts, also the next time.
+        if not auth_pb2.ValidateTokenRequest.FromString(rest).token:
+            self._known.put(rest, terms, len(rest) + 2048)
+        return Asked(request.token, terms, raw)
 
     def many(self, raw: bytes) -> list[Asked | AuthError]:
         """Each, or why it cannot be asked. Raises as `one` for what is wrong with the whole."""
@@ -53,23 +61,31 @@ class Questions:
             raise not_implemented("a field of a newer contract")
         if not 0 < len(batch.requests) <= ITEMS_MAX:
             raise field_invalid("requests", f"has not 1 to {ITEMS_MAX} items")
-        return [self._item(request) for request in batch.requests]
+        return [self._item(request.SerializeToString()) for request in batch.requests]
 
-    def _item(self, request: auth_pb2.ValidateTokenRequest) -> Asked | AuthError:
-        raw = request.SerializeToString()
-        found = self._known.get(raw)
-        if found is not None:
-            return found
+    def _item(self, raw: bytes) -> Asked | AuthError:
         try:
-            return self._read(raw, request)
+            return self.one(raw)
         except AuthError as error:
             return error
 
-    def _read(self, raw: bytes, request: auth_pb2.ValidateTokenRequest) -> Asked:
-        self._shape.check(request)
-        asked = Asked(request)
-        self._known.put(raw, asked, 2 * len(raw) + 2048)  # the bytes, and what was made of them
-        return asked
+
+def _parted(raw: bytes) -> tuple[str, bytes]:
+    """Token and what follows it in a ValidateTokenRequest that begins with its field 1, as all
+    encoders write it: a tag, a length in one byte or two, and UTF-8. Else no token.
+    """
+    if len(raw) < 3 or raw[0] != 0x0A:
+        return "", raw
+    length, begins = raw[1], 2
+    if length > 0x7F:
+        length, begins = length & 0x7F | raw[2] << 7, 3
+    ends = begins + length
+    if (begins == 3 and raw[2] > 0x7F) or ends > len(raw):
+        return "", raw
+    try:
+        return raw[begins:ends].decode(), raw[ends:]
+    except UnicodeDecodeError:
+        return "", raw
 
 
 class Source(Protocol):
@@ -93,36 +109,41 @@ class Judged:
 
     def at_hand(self, asked: Asked, call: Call) -> bytes | None:
         """See Source."""
-        if asked.is_beyond(self._state.revision):
+        terms = asked.terms
+        if terms.is_beyond(self._state.revision):
             return None
-        question = asked.by(call.caller.audiences)
-        answer = self._validate.at_hand(asked.token, question, full=asked.full)
-        return self._told(answer, asked) if answer is not None else None
+        question = terms.by(call.caller.audiences)
+        answer = self._validate.at_hand(asked.token, question, full=terms.full)
+        return self._told(answer, terms) if answer is not None else None
 
     async def __call__(self, asked: Asked, call: Call) -> bytes:
         """See Source. Warm: no database, no signature check."""
-        if asked.is_beyond(self._state.revision):
-            await self._validate.catch_up(asked.at_least)
+        terms = asked.terms
+        if terms.is_beyond(self._state.revision):
+            await self._validate.catch_up(terms.at_least)
             await call.require_caller(SCOPE_VALIDATE)  # what it may see, it may since then
-        question = asked.by(call.caller.audiences)
-        answer = await self._validate(asked.token, question, full=asked.full)
-        if asked.again:
-            call.repeat = self._repeat(asked, question, answer)
-        return self._told(answer, asked)
+        question = terms.by(call.caller.audiences)
+        answer = await self._validate(asked.token, question, full=terms.full)
+        call.repeat = self._repeat(terms, question, answer)
+        return self._told(answer, terms)
 
-    def _repeat(self, asked: Asked, question: Question, answer: Answer) -> Repeat | None:
-        if asked.strong or asked.full or not answer.verdict.active:
+    def _repeat(self, terms: Terms, question: Question, answer: Answer) -> Repeat | None:
+        verified = answer.verdict.verified
+        if terms.strong or terms.full or verified is None or not answer.verdict.active:
+            return None
+        if not verified.seen:  # most tokens that come once never come again
+            verified.seen = True
             return None
         standing = self._validate.standing(answer, question)
         if standing is None:
             return None
         return _Repeat(
-            standing, asked, self._state, self._encode, self._count[Verdicts.UNSPECIFIED]
+            standing, terms, self._state, self._encode, self._count[Verdicts.UNSPECIFIED]
         )
 
-    def _told(self, answer: Answer, asked: Asked) -> bytes:
+    def _told(self, answer: Answer, terms: Terms) -> bytes:
         self._count[answer.verdict.reason].value += 1
-        return self._encode(answer, asked.view)
+        return self._encode(answer, terms.view)
 
 
 class _Repeat:
@@ -133,14 +154,14 @@ class _Repeat:
     def __init__(
         self,
         standing: Standing,
-        asked: Asked,
+        terms: Terms,
         state: State,
         encode: VerdictEncoder,
         count: Counter,
     ) -> None:
         self._at = standing.at
-        self._at_least = asked.at_least
-        self._claims = encode.claims(standing.verified, asked.view)
+        self._at_least = terms.at_least
+        self._claims = encode.claims(standing.verified, terms.view)
         self._state = state
         self._encode = encode.again
         self._count = count

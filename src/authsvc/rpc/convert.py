@@ -1,7 +1,7 @@
 """Between the wire's messages and the model's values; dull, and complete."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -153,10 +153,10 @@ def reissue(token: auth_pb2.IssuedToken, answer: Reissued) -> None:
     token.expires_in.seconds = answer.lifetime_s
 
 
-class Asked:
-    """What a ValidateTokenRequest asks, whoever sends it: made once for the same bytes."""
+class Terms:
+    """What a ValidateTokenRequest asks of its token, whatever that is, and whoever sends it."""
 
-    __slots__ = ("_question", "again", "at_least", "full", "request", "strong", "token", "view")
+    __slots__ = ("_question", "at_least", "full", "strong", "view")
 
     def __init__(self, request: auth_pb2.ValidateTokenRequest) -> None:
         """Raises AuthError NOT_IMPLEMENTED for what is not judged yet."""
@@ -172,10 +172,6 @@ class Asked:
             if request.presenter.HasField("dpop"):
                 raise not_implemented("presenter dpop")
             thumbprint = request.presenter.certificate_thumbprint
-        self.again = False
-        """Whether it was asked before."""
-        self.request = request
-        self.token = request.token
         self.view = request.view
         self.full = request.view == auth_pb2.TOKEN_VIEW_FULL
         self.at_least = request.consistency.at_least
@@ -199,6 +195,19 @@ class Asked:
         if self._question.audiences is not audiences:
             self._question = replace(self._question, audiences=audiences)
         return self._question
+
+
+class Asked(NamedTuple):
+    """A ValidateTokenRequest."""
+
+    token: str
+    terms: Terms
+    raw: bytes
+
+    @property
+    def request(self) -> auth_pb2.ValidateTokenRequest:
+        """The message."""
+        return auth_pb2.ValidateTokenRequest.FromString(self.raw)
 
 
 class VerdictEncoder:

@@ -21,13 +21,13 @@ class ExplainServicer:
         self, request: explain_pb2.ExplainTokenRequest, _call: Call
     ) -> explain_pb2.ExplainTokenResponse:
         """All that there is to say of it."""
-        asked = convert.Asked(request.question)
+        terms = convert.Terms(request.question)
         found = await self._explain(
-            asked.token,
-            asked.by(frozenset()),
+            request.question.token,
+            terms.by(frozenset()),
             request.caller_client_id,
-            at_least=asked.at_least,
-            strong=asked.strong,
+            at_least=terms.at_least,
+            strong=terms.strong,
         )
         return _explained_pb(found)
 

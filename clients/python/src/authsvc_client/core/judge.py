@@ -73,7 +73,17 @@ class Verified:
     Without a verifier the issuer found them in its own tables; `kid` names the key within, if any.
     """
 
-    __slots__ = ("begins", "claims", "cutoffs", "encoded", "ends", "kid", "marks", "verifier")
+    __slots__ = (
+        "begins",
+        "claims",
+        "cutoffs",
+        "encoded",
+        "ends",
+        "kid",
+        "marks",
+        "seen",
+        "verifier",
+    )
 
     def __init__(self, verifier: Verifier | None, claims: Claims, *, kid: str = "") -> None:
         self.verifier = verifier
@@ -90,6 +100,8 @@ class Verified:
         )
         self.encoded: Any = None
         """Room for an edge to keep its own form of the claims."""
+        self.seen = False
+        """Room for an edge to know that it was asked about before."""
 
 
 def _taint(kid: str) -> bytes:
