@@ -195,7 +195,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_REVISION_UNKNOWN: _ErrorReason.ValueType  # 141
     """FAILED_PRECONDITION. The revision asked for does not exist yet. [revision]"""
     ERROR_REASON_REVISION_COMPACTED: _ErrorReason.ValueType  # 142
-    """OUT_OF_RANGE. The revision to resume from is compacted; watch from a snapshot. [compacted_to]"""
+    """OUT_OF_RANGE. The revision to resume from is compacted, or much came since: watch anew. [compacted_to]"""
     ERROR_REASON_WATCHER_TOO_SLOW: _ErrorReason.ValueType  # 143
     """RESOURCE_EXHAUSTED. The watcher did not read fast enough; watch again."""
 
@@ -377,7 +377,7 @@ ERROR_REASON_TOKEN_NOT_OWNED: ErrorReason.ValueType  # 140
 ERROR_REASON_REVISION_UNKNOWN: ErrorReason.ValueType  # 141
 """FAILED_PRECONDITION. The revision asked for does not exist yet. [revision]"""
 ERROR_REASON_REVISION_COMPACTED: ErrorReason.ValueType  # 142
-"""OUT_OF_RANGE. The revision to resume from is compacted; watch from a snapshot. [compacted_to]"""
+"""OUT_OF_RANGE. The revision to resume from is compacted, or much came since: watch anew. [compacted_to]"""
 ERROR_REASON_WATCHER_TOO_SLOW: ErrorReason.ValueType  # 143
 """RESOURCE_EXHAUSTED. The watcher did not read fast enough; watch again."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
