@@ -9,9 +9,10 @@ import pytest
 
 from authsvc.errors import AuthError, Reason
 from authsvc.feed.follow import Follow
-from authsvc.permissions import READS_MAX, TRIES, Permissions, _Reads
+from authsvc.permissions import TRIES, Permissions
 from authsvc.store import sql_store
 from authsvc.store.port import ANY_KEY, AssignmentFilter, change
+from authsvc.store.reads import READS_MAX, Reads
 from authsvc.store.sql import Database
 from authsvc_client.core.markers import Marker, MarkerKind, marker_key
 from authsvc_client.core.state import State
@@ -339,18 +340,16 @@ async def test_change_at_any_moment_of_a_read_is_not_missed(
 
 
 def _keeps_what_was_overtaken(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(_Reads, "overtake", lambda _self, _key: None)
+    patch.setattr(Reads, "overtake", lambda _self, _key: None)
 
 
 def _uses_what_is_newer(patch: pytest.MonkeyPatch) -> None:
     """As if a read were of the applied revision, whatever the database knew."""
-    real = Permissions._read_role
 
-    async def read(self: Permissions, key: bytes, uid: str) -> Any:
-        _, keep = await real(self, key, uid)
-        return self._state.revision, keep
+    async def read(self: Permissions, *row: Any) -> Any:
+        return (await self._share(*row))[1]
 
-    patch.setattr(Permissions, "_read_role", read)
+    patch.setattr(Permissions, "_applied", read)
 
 
 def _forgets_no_role(patch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,13 @@
 """Whose token it is: a JWT says so itself, every other one is found by its SHA-256."""
 
-import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Hashable
+from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import structlog
 
 from authsvc.clock import Clock
-from authsvc.errors import AuthError, Reason
+from authsvc.errors import AuthError
 from authsvc.keys.jwe import JWE_CHARS_MAX, is_jwe
 from authsvc.keys.secrets import ACCESS_TOKEN_PREFIX, API_KEY_PREFIX, digest, is_secret
 from authsvc.model import (
@@ -21,6 +20,7 @@ from authsvc.model import (
 )
 from authsvc.oauth.policy import require_let_in
 from authsvc.store.port import ApiKeyStore, TokenStore
+from authsvc.store.reads import READS_MAX, Reads
 from authsvc_client.core.cache import BytesCache
 from authsvc_client.core.claims import Claims, parse_claims
 from authsvc_client.core.judge import Judge, Question, Verdict, Verified
@@ -31,8 +31,6 @@ NEVER = 253402300799
 """`exp` of what has no end: the last second that a Timestamp can say."""
 HELD_S = 600.0
 """What was found is read again after this long: markers that kill it are kept for longer."""
-READS_MAX = 256
-"""Reads under way; who comes then is refused rather than kept waiting."""
 NOT_FOR_API_KEYS = frozenset({SCOPE_ADMIN, SCOPE_REGISTER})
 """Scopes that no API key carries: it is copied too easily."""
 _PREFIXES = (ACCESS_TOKEN_PREFIX, API_KEY_PREFIX)
@@ -46,45 +44,27 @@ V = TypeVar("V")
 log = structlog.get_logger()
 
 
-class _Reads(Generic[K, V]):
-    """Reads that are shared by those who ask for the same, and held; nothing is not held."""
+class _Held(Generic[K, V]):
+    """What was found is held, and looked for once by those who ask at once; nothing is not held."""
 
     def __init__(self, clock: Clock, size: Callable[[V], int]) -> None:
         self._clock = clock
         self._size = size
         self._held: BytesCache[K, tuple[float, V]] = BytesCache(_HELD_BYTES)
-        self._under_way: dict[K, asyncio.Task[V | None]] = {}
+        self._reads: Reads[K, V | None] = Reads(READS_MAX)
 
-    async def __call__(self, key: K, read: Callable[[], Coroutine[Any, Any, V | None]]) -> V | None:
-        """What `read` finds, at most HELD_S ago. AuthError STORE_UNAVAILABLE also for too many."""
-        held = self._held.get(key)
-        if held is not None and self._clock.boot() - held[0] <= HELD_S:
-            return held[1]
-        task = self._under_way.get(key)
-        if task is None:
-            if len(self._under_way) >= READS_MAX:
-                raise AuthError(
-                    Reason.STORE_UNAVAILABLE, retry_after_s=1.0, cause="reads under way"
-                )
-            task = self._under_way[key] = asyncio.create_task(self._read(key, read))
-            task.add_done_callback(_retrieve)
-        return await asyncio.shield(task)
-
-    async def _read(self, key: K, read: Callable[[], Coroutine[Any, Any, V | None]]) -> V | None:
+    async def __call__(self, key: K, read: Callable[[], Awaitable[V | None]]) -> V | None:
+        """What `read` finds, at most HELD_S ago. Raises as Reads."""
         started = self._clock.boot()
-        try:
-            found = await read()
-        finally:
-            del self._under_way[key]
-        if found is not None:
-            self._held.put(key, (started, found), self._size(found))
-        return found
+        held = self._held.get(key)
+        if held is not None and started - held[0] <= HELD_S:
+            return held[1]
 
+        def keep(found: V | None) -> None:
+            if found is not None:
+                self._held.put(key, (started, found), self._size(found))
 
-def _retrieve(task: asyncio.Task[Any]) -> None:
-    """Those who waited may all have gone away."""
-    if not task.cancelled():
-        task.exception()
+        return await self._reads(key, read, keep)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +102,9 @@ class Identify:
         self._client = client
         self._catalog = catalog
         self._clock = clock
-        self._found: _Reads[bytes, Verified] = _Reads(clock, _size)
-        self._keys: _Reads[bytes, ApiKey] = _Reads(clock, lambda key: _scopes_size(key.scopes))
-        self._standings: _Reads[tuple[bytes, int], _Standing] = _Reads(clock, _standing_size)
+        self._found: _Held[bytes, Verified] = _Held(clock, _size)
+        self._keys: _Held[bytes, ApiKey] = _Held(clock, lambda key: _scopes_size(key.scopes))
+        self._standings: _Held[tuple[bytes, int], _Standing] = _Held(clock, _standing_size)
         self._standings_by: Catalog | None = None
 
     def at_hand(self, token: str, question: Question) -> Verdict | None:
@@ -206,7 +186,7 @@ class Identify:
             return None
         catalog = await self._catalog()
         if catalog is not self._standings_by:
-            self._standings, self._standings_by = _Reads(self._clock, _standing_size), catalog
+            self._standings, self._standings_by = _Held(self._clock, _standing_size), catalog
         # A client's row is held with what was made of it, so no other one has its address.
         standing = await self._standings(
             (value, id(client)), lambda: self._read_standing(key, client, catalog)

@@ -1,19 +1,19 @@
 """What a subject may do on an audience now: its roles, kept in this process."""
 
-import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import lru_cache, partial
+from operator import call
+from typing import TypeVar
 
 from authsvc.errors import AuthError, Reason
 from authsvc.model import PermissionRef
 from authsvc.store.port import ANY_KEY, Holding, RoleStore, RowKind, Share, unshared
+from authsvc.store.reads import READS_MAX, Reads
 from authsvc_client.core.cache import BytesCache
 from authsvc_client.core.markers import Marker, MarkerKind, marker_key
 from authsvc_client.core.state import State
 
 BYTES_MAX = 32 * 2**20
-READS_MAX = 256
-"""Reads under way; who comes then is refused rather than kept waiting."""
 TRIES = 8
 """Of a read that a change overtakes each time."""
 # Objects and dictionary slots, measured generously; the names of a union are its roles' own.
@@ -26,6 +26,8 @@ _OF_EVERYBODY = frozenset(
 _OF_THESE = frozenset(
     {MarkerKind.PERMISSIONS_CHANGED, MarkerKind.ROLE_CHANGED, MarkerKind.RESOURCE_CHANGED}
 )
+
+T = TypeVar("T")
 
 _Role = Mapping[str, frozenset[str]]
 """Resource -> names of the role's permissions there. Of a role that is gone: nothing."""
@@ -94,7 +96,8 @@ class Permissions:
         """By key of the id, then by uid: those who held a role that is gone still name it."""
         self._generation = 0
         """Counts changes of roles: unions of an older one are made anew."""
-        self._reads = _Reads(state, reach)
+        self._reach = reach
+        self._reads: Reads[bytes, _Keep] = Reads(READS_MAX)
 
     async def changed(self, markers: tuple[Marker, ...]) -> None:
         """Drops what changed; called before the applied revision advances."""
@@ -157,95 +160,47 @@ class Permissions:
         key = _holder_key(subject)
         holder = self._holders.get(key)
         if holder is None:
-            await self._reads(key, subject, partial(self._read_holder, key, subject))
+            await self._reads(key, partial(self._read_holder, key, subject), call, subject)
             holder = self._holders.get(key)
         for role_key, uid in holder.roles(audience) if holder is not None else ():
             if uid not in (self._roles.get(role_key) or {}):
-                await self._reads(role_key, uid, partial(self._read_role, role_key, uid))
+                await self._reads(role_key, partial(self._read_role, role_key, uid), call, uid)
         return self.at_hand(subject, audience)
 
-    async def _read_holder(self, key: bytes, subject: str) -> "_Found":
+    async def _read_holder(self, key: bytes, subject: str) -> "_Keep":
         read = partial(self._store.assignments_of, subject)
-        head, holdings = await self._share(RowKind.HOLDER, key, subject, read)
-        holder = _Holder(holdings)
-        return head, lambda: self._holders.put(key, holder, holder.bytes)
+        holder = _Holder(await self._applied(RowKind.HOLDER, key, subject, read))
+        return lambda: self._holders.put(key, holder, holder.bytes)
 
-    async def _read_role(self, key: bytes, uid: str) -> "_Found":
+    async def _read_role(self, key: bytes, uid: str) -> "_Keep":
         read = partial(self._store.role_by_uid, uid)
-        head, found = await self._share(RowKind.ROLE, key, uid, read)
+        found = await self._applied(RowKind.ROLE, key, uid, read)
         role = _by_resource(found.permissions if found is not None else ())
 
         def keep() -> None:
             roles = {**(self._roles.get(key) or {}), uid: role}
             self._roles.put(key, roles, sum(map(_role_bytes, roles.values())))
 
-        return head, keep
+        return keep
 
+    async def _applied(
+        self, kind: RowKind, key: bytes, name: str, read: Callable[[], Awaitable[tuple[int, T]]]
+    ) -> T:
+        """A row, once what the database knew with it is applied.
 
-_Found = tuple[int, Callable[[], None]]
-"""Revision of which it is, and what keeps it."""
-
-
-class _Reads:
-    """Reads that are shared by those who ask for the same."""
-
-    def __init__(self, state: State, reach: Callable[[int], Awaitable[None]]) -> None:
-        self._state = state
-        self._reach = reach
-        self._under_way: dict[bytes, dict[str, asyncio.Task[None]]] = {}
-        """By key of the markers that say of a change, then by name."""
-        self._running = 0
-
-    def overtake(self, key: bytes) -> None:
-        """Reads that began before now are kept no more."""
-        self._under_way.pop(key, None)
-
-    def overtake_all(self) -> None:
-        """As `overtake`, of every key."""
-        self._under_way.clear()
-
-    async def __call__(self, key: bytes, name: str, read: Callable[[], Awaitable[_Found]]) -> None:
-        """Reads, and keeps what was read unless a change overtook it.
-
-        Raises AuthError STORE_UNAVAILABLE, also for too many, and where a database answers that is
-        older than what is applied, or newer than what can be.
+        Raises AuthError STORE_UNAVAILABLE where a database answers that is older than what is
+        applied, or newer than what can be.
         """
-        task = self._under_way.get(key, {}).get(name)
-        if task is None:
-            if self._running >= READS_MAX:
-                raise AuthError(
-                    Reason.STORE_UNAVAILABLE, retry_after_s=1.0, cause="reads under way"
-                )
-            self._running += 1
-            task = asyncio.create_task(self._run(key, name, read))
-            task.add_done_callback(_retrieve)
-            self._under_way.setdefault(key, {})[name] = task
-        await asyncio.shield(task)
-
-    async def _run(self, key: bytes, name: str, read: Callable[[], Awaitable[_Found]]) -> None:
         begun = self._state.revision
-        try:
-            head, keep = await read()
-            if head > self._state.revision:
-                await self._reach(head)
-            if not begun <= head <= self._state.revision:
-                raise AuthError(Reason.STORE_UNAVAILABLE, cause="feed and database differ")
-        finally:
-            self._running -= 1
-            tasks = self._under_way.get(key, {})
-            is_current = tasks.get(name) is asyncio.current_task()
-            if is_current:
-                del tasks[name]
-            if is_current and not tasks:
-                del self._under_way[key]
-        if is_current:
-            keep()
+        head, row = await self._share(kind, key, name, read)
+        if head > self._state.revision:
+            await self._reach(head)
+        if not begun <= head <= self._state.revision:
+            raise AuthError(Reason.STORE_UNAVAILABLE, cause="feed and database differ")
+        return row
 
 
-def _retrieve(task: asyncio.Task[None]) -> None:
-    """Those who waited may all have gone away."""
-    if not task.cancelled():
-        task.exception()
+_Keep = Callable[[], None]
 
 
 @lru_cache(maxsize=2**16)  # the same subjects come again and again

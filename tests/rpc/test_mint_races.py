@@ -472,7 +472,7 @@ class LateMint(Mint):
     """A mint with the mistake: the revision is that of the end."""
 
     async def __call__(self, moment: Any, *given: Any, **named: Any) -> TokenAnswer:
-        late = replace(moment, revision=self._state.revision)
+        late = moment._replace(revision=self._state.revision)
         return await super().__call__(late, *given, **named)
 
 
@@ -480,7 +480,7 @@ class LateOpenGrant(OpenGrant):
     """The same mistake."""
 
     async def __call__(self, moment: Any, *given: Any, **named: Any) -> tuple[str, float]:
-        late = replace(moment, revision=2**40)
+        late = moment._replace(revision=2**40)
         return await super().__call__(late, *given, **named)
 
 

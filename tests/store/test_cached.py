@@ -1,32 +1,42 @@
 """Rows that are kept are given up before they could be wrong."""
 
 import asyncio
+from collections.abc import Awaitable
 from dataclasses import replace
+from typing import TypeVar
 
 import pytest
 
-from authsvc.model import Client, ClientState, IdentityKind, Peer, Validity
+from authsvc.model import Catalog, Client, ClientState, IdentityKind, Peer, Validity
 from authsvc.store.cached import CachedCatalog, CachedClients
 from authsvc.store.port import ANY_KEY, Store
+from authsvc.store.reads import Reads
 from authsvc_client.core.markers import Marker, MarkerKind, marker_key
 from tests.store.conftest import Place
 from tests.store.test_contract import CA, a_client, a_resource, identity, step
 
 NOW = 10.0
+T = TypeVar("T")
 
 
 class Watched:
-    """Clients: counts reads, and may hold one up after it has its answer."""
+    """Clients, and the catalog: counts reads, and may hold one up after it has its answer."""
 
     def __init__(self, store: Store) -> None:
-        self.clients = store.clients
+        self.clients, self.resources = store.clients, store.resources
         self.reads = 0
         self.answered = asyncio.Event()
         self.hold: asyncio.Event | None = None
 
     async def get(self, client_id: str) -> Client | None:
+        return await self._watch(self.clients.get(client_id))
+
+    async def catalog(self) -> Catalog:
+        return await self._watch(self.resources.catalog())
+
+    async def _watch(self, read: Awaitable[T]) -> T:
         self.reads += 1
-        found = await self.clients.get(client_id)
+        found = await read
         self.answered.set()
         if self.hold is not None:
             await self.hold.wait()
@@ -155,3 +165,34 @@ async def test_the_catalog_is_read_again_after_a_change(place_sqlite: Place) -> 
         assert again is not first
         assert again.owner_of_scope == {"s": "r"}
         first = again
+
+
+async def _read_across_a_change(watched: Watched) -> list[set[str]]:
+    """Scopes that those find who ask before a resource is added, after it, and later."""
+    cached = CachedCatalog(watched)  # type: ignore[arg-type]
+    watched.hold = asyncio.Event()
+    before = [asyncio.create_task(cached()) for _ in range(8)]
+    await watched.answered.wait()
+    assert watched.reads == 1
+    await watched.resources.add(a_resource("r", "s"))
+    key = marker_key(MarkerKind.RESOURCE_CHANGED)
+    await cached.changed((Marker(MarkerKind.RESOURCE_CHANGED, key, 1, 0.0),))
+    after = [asyncio.create_task(cached()) for _ in range(8)]
+    await asyncio.sleep(0)  # each of them asks
+    watched.hold.set()
+    found = [*await asyncio.gather(*before, *after), await cached()]
+    assert watched.reads <= 2
+    return [set(catalog.owner_of_scope) for catalog in found]
+
+
+async def test_who_asks_for_the_catalog_after_a_change_gets_no_read_from_before_it(
+    watched: Watched,
+) -> None:
+    assert await _read_across_a_change(watched) == [set()] * 8 + [{"s"}] * 9
+
+
+async def test_a_change_that_overtakes_no_read_is_noticed(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Reads, "overtake_all", lambda _self: None)
+    assert await _read_across_a_change(watched) == [set()] * 17

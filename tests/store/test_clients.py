@@ -1,16 +1,21 @@
 """Clients over each kind of storage: what time does to them, what is one transaction, races."""
 
 import asyncio
+import re
 from collections.abc import Awaitable
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
+from sqlalchemy import event
 
 from authsvc.errors import Reason
 from authsvc.model import ApiKey, ClientState, IdentityKind, InitialAccessToken
 from authsvc.oauth.registration import as_of
+from authsvc.store import sql_store
 from authsvc.store.port import Admission, Store, change
+from authsvc.store.tables import CLIENT
 from authsvc_client.core.markers import MarkerKind
 from tests.store.conftest import Place
 from tests.store.test_contract import (
@@ -82,6 +87,34 @@ async def test_only_the_end_of_an_approval_cuts_off(store: Store, place: Place) 
     assert kinds == ["CLIENT_CHANGED", "CLIENT_CHANGED", "CUTOFF_CLIENT"]
     assert await cutoff(place, MarkerKind.CUTOFF_CLIENT, "ends") > before
     assert await cutoff(place, MarkerKind.CUTOFF_CLIENT, "waits") == 0
+
+
+async def test_who_is_over_is_found_by_an_index(place: Place) -> None:
+    """Among many who are not, and whose approvals all have an end."""
+    database, ran = place.database(), list[tuple[str, Any]]()
+    store = sql_store(database)
+    await store.clients.add(a_client("c", state=APPROVED, approval_expire_time=9e9))
+    names = [column.name for column in CLIENT.columns if column.name != "client_id"]
+    many = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 5000)"
+    copies = f"SELECT client_id || i, {', '.join(names)} FROM client, n"
+    await place.sql(f"INSERT INTO client (client_id, {', '.join(names)}) {many} {copies}")
+    if place.backend == "postgres":  # it does so by itself
+        await place.sql("ANALYZE client")
+    event.listen(
+        database._reader.sync_engine,
+        "before_cursor_execute",
+        lambda _connection, _cursor, statement, values, *_: ran.append((statement, values)),
+    )
+    assert await store.clients.expire(1e9) == 0
+    explain = "EXPLAIN QUERY PLAN" if place.backend == "sqlite" else "EXPLAIN"
+    plans = list[str]()
+    async with database.read() as connection:
+        for statement, values in [each for each in ran if "client" in each[0]]:
+            rows = await connection.exec_driver_sql(f"{explain} {statement}", values)
+            plans.append("\n".join(map(str, rows)))
+    assert len(plans) == 2
+    for plan, index in zip(plans, ("client_state", "client_approval_end"), strict=True):
+        assert re.search(f"(?i)index scan (using|on) {index}|using index {index}", plan), plan
 
 
 async def test_of_workers_that_expire_at_once_each_client_is_moved_once(

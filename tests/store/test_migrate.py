@@ -54,9 +54,9 @@ def add_migration(monkeypatch: pytest.MonkeyPatch, folder: Path, body: str) -> N
         scripts,
         ignore=shutil.ignore_patterns("__pycache__"),
     )
-    (scripts / "versions/0005_later.py").write_text(
+    (scripts / "versions/0006_later.py").write_text(
         "import sqlalchemy as sa\nfrom alembic import op\n"
-        "revision, down_revision, branch_labels, depends_on = '0005', '0004', None, None\n\n"
+        "revision, down_revision, branch_labels, depends_on = '0006', '0005', None, None\n\n"
         f"def upgrade():\n    {body}\n"
     )
     original = migrate._config

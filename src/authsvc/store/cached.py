@@ -1,13 +1,16 @@
 """Rows kept in this process; the feed drops what changed before the applied revision advances.
 
-A row whose read overlapped with any change is used once and not kept, so what is kept is as of the
-applied revision, and a token minted by it carries a `rev` that is right (docs/decisions/0003).
+Concurrent reads of a row are one. What a read found that a change of the row overtook is given to
+those who asked before the change, and not kept. So a row is as of the revision that was applied
+when it was asked for, or later, and a token minted by it carries a `rev` that is right
+(docs/decisions/0003).
 """
 
 from functools import lru_cache, partial
 
 from authsvc.model import Catalog, Client, ClientState, IdentityKind, Peer, peer_names
 from authsvc.store.port import ANY_KEY, ClientStore, ResourceStore, RowKind, Share, unshared
+from authsvc.store.reads import Reads
 from authsvc_client.core.cache import BytesCache
 from authsvc_client.core.markers import Marker, MarkerKind, marker_key
 
@@ -29,6 +32,7 @@ class CachedClients:
         self._rows: BytesCache[bytes, Client] = BytesCache(CLIENTS_BYTES_MAX)
         self.row = self._rows.get
         """The row of a key of the feed, where it is at hand."""
+        self._reads: Reads[bytes, tuple[int, Client | None]] = Reads()
         self._by_thumbprint: BytesCache[str, tuple[str, bytes]] = BytesCache(2**22)
         self.changes = 0
         """How often any of them changed: as long as this is the same, each is."""
@@ -39,8 +43,10 @@ class CachedClients:
             if marker.kind is MarkerKind.CLIENT_CHANGED:
                 self.changes += 1
                 if marker.key == ANY_KEY:
+                    self._reads.overtake_all()
                     self._rows.clear()
                 else:
+                    self._reads.overtake(marker.key)
                     self._rows.drop(marker.key)
 
     async def get(self, client_id: str) -> Client | None:
@@ -50,14 +56,13 @@ class CachedClients:
         return client if client is not None else await self._load(client_id, key)
 
     async def _load(self, client_id: str, key: bytes) -> Client | None:
-        changes = self.changes
-        _, client = await self._share(
-            RowKind.CLIENT, key, client_id, partial(self._read, client_id)
-        )
-        # A change that came meanwhile may be newer than this read: do not keep what it dropped.
-        if client is not None and changes == self.changes:
-            self._rows.put(key, client, _CLIENT_BYTES)
+        read = partial(self._share, RowKind.CLIENT, key, client_id, partial(self._read, client_id))
+        _, client = await self._reads(key, read, partial(self._keep, key))
         return client
+
+    def _keep(self, key: bytes, found: tuple[int, Client | None]) -> None:
+        if found[1] is not None:
+            self._rows.put(key, found[1], _CLIENT_BYTES)
 
     async def _read(self, client_id: str) -> tuple[int, Client | None]:
         return 0, await self._store.get(client_id)
@@ -104,6 +109,7 @@ class CachedCatalog:
         self._store = store
         self.held: Catalog | None = None
         """The catalog, where it is at hand."""
+        self._reads: Reads[None, Catalog] = Reads()
         self.changes = 0
         """How often it changed."""
 
@@ -111,14 +117,14 @@ class CachedCatalog:
         """Drops it where a resource changed."""
         if any(marker.kind is MarkerKind.RESOURCE_CHANGED for marker in markers):
             self.changes += 1
+            self._reads.overtake_all()
             self.held = None
 
     async def __call__(self) -> Catalog:
         """The catalog, as of the applied revision or later."""
         if self.held is not None:
             return self.held
-        changes = self.changes
-        catalog = await self._store.catalog()
-        if changes == self.changes:
-            self.held = catalog
-        return catalog
+        return await self._reads(None, self._store.catalog, self._keep)
+
+    def _keep(self, catalog: Catalog) -> None:
+        self.held = catalog

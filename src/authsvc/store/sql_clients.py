@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import (
@@ -277,15 +277,31 @@ class SqlClients:
 
     async def expire(self, pending_s: float) -> int:
         """See ClientStore."""
+        waited, ended = CLIENT.c.update_time, CLIENT.c.approval_expire_time
+        waiting = await self._late(ClientState.PENDING, waited, pending_s)
+        approved = await self._late(ClientState.APPROVED, ended, 0)
         over = self._over(pending_s)
-        async with self._db.read() as connection:
-            query = select(CLIENT.c.client_id, CLIENT.c.state).where(over).limit(PIECE)
-            rows = (await connection.execute(query)).all()
-        for client_id, state in rows:
-            await self._db.to_the_end(self._expire(client_id, state, over))
-        return len(rows)
+        for client_id in waiting:
+            await self._db.to_the_end(self._expire(client_id, ClientState.PENDING, over))
+        for client_id in approved:
+            await self._db.to_the_end(self._expire(client_id, ClientState.APPROVED, over))
+        return len(waiting) + len(approved)
 
-    async def _expire(self, client_id: str, state: int, over: ColumnElement[bool]) -> None:
+    async def _late(
+        self, state: ClientState, time: ColumnElement[Any], seconds: float
+    ) -> Sequence[str]:
+        """Those that are over the longest: their order makes it go by an index."""
+        late = select(self._db.time - seconds).scalar_subquery()
+        query = (
+            select(CLIENT.c.client_id)
+            .where(CLIENT.c.state == state, time <= late)
+            .order_by(time)
+            .limit(PIECE)
+        )
+        async with self._db.read() as connection:
+            return (await connection.execute(query)).scalars().all()
+
+    async def _expire(self, client_id: str, state: ClientState, over: ColumnElement[bool]) -> None:
         async with self._db.write() as connection:
             moved = await connection.execute(
                 update(CLIENT)
@@ -298,7 +314,7 @@ class SqlClients:
                 .returning(CLIENT.c.client_id)
             )
             if moved.first() is not None:  # else another worker was first, or it was approved
-                changes = client_changes(client_id, cut_off=state == ClientState.APPROVED)
+                changes = client_changes(client_id, cut_off=state is ClientState.APPROVED)
                 await advance(self._db, connection, changes)
 
     async def by_registration_token(self, digest: bytes) -> Client | None:

@@ -28,6 +28,7 @@ has credentials and a past, and keeps it for a renewal.
 _CURRENT = text(f"state = '{KeyState.CURRENT}'")
 _NEXT = text(f"state = '{KeyState.NEXT}'")
 _ENDED = text("end_time IS NOT NULL")
+_ENDS = text("approval_expire_time IS NOT NULL")
 
 
 def _time(name: str, *, nullable: bool = False, **more: Any) -> Any:
@@ -67,6 +68,13 @@ class ClientRow(SQLModel, table=True):
             postgresql_where=HOLDS_NAME,
         ),
         Index("client_state", "state", "client_id"),
+        Index(
+            "client_approval_end",
+            "state",
+            "approval_expire_time",
+            sqlite_where=_ENDS,
+            postgresql_where=_ENDS,
+        ),
     )
 
     client_id: str = Field(primary_key=True, max_length=64)
