@@ -129,6 +129,7 @@ async def authsvc(state_dir: str, database: str, redis: str, *, cheap_passwords:
     if redis:
         given["redis"] = Redis(url=SecretStr(redis))
     app = await open_app(load(state_dir=Path(state_dir), **given))
+    settle()
     await app.start()
     try:
         await until_told(app.port)

@@ -165,7 +165,7 @@ def _end(_number: int, _frame: object) -> None:
 async def _serve(
     out: Output, settings: "Settings", flags: dict[str, Any], ready_file: Path | None
 ) -> None:
-    from authsvc.app import open_app, serve
+    from authsvc.app import open_app, serve, settle
     from authsvc.supervise import CrashLoopError, Supervisor, processors
     from authsvc.telemetry import configure_logs
 
@@ -187,6 +187,7 @@ async def _serve(
 
     if count == 1:
         app = await open_app(settings)
+        settle()
         await app.start()
         await serve(app, lambda: ready(app))
         return
@@ -205,7 +206,7 @@ async def _serve(
 async def _work(index: int) -> None:
     from structlog.contextvars import bind_contextvars
 
-    from authsvc.app import Seat, open_app, serve
+    from authsvc.app import Seat, open_app, serve, settle
     from authsvc.supervise import take_orders, tell_ready
     from authsvc.telemetry import configure_logs
 
@@ -214,6 +215,7 @@ async def _work(index: int) -> None:
     configure_logs(settings.log_level, instance=settings.instance, once=True)
     bind_contextvars(worker=index, pid=os.getpid())
     app = await open_app(settings, seat=Seat(index, Path(orders.probes)))
+    settle()
     await app.start()
     await serve(app, tell_ready)
 

@@ -242,7 +242,7 @@ def test_explain_killers_are_all_that_the_judge_looks_for() -> None:
     verified = verdict.verified
     assert isinstance(verified, Verified)
     found = killers(verified.claims, verified.kid)
-    wanted = {key for key, _ in verified.marks} | set(verified.cutoffs)
+    wanted = {*verified.marks, *verified.cutoffs}
     assert found.keys() == wanted | {marker_key(MarkerKind.CUTOFF_EVERYTHING)}
     assert all(key == marker_key(kind, *ids) for key, (kind, ids) in found.items())
 

@@ -1,6 +1,7 @@
 """Claims of an access token (RFC 9068 section 2.2), typed strictly."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from .jws import Refused
@@ -10,6 +11,7 @@ from .reason import Reason
 ACTORS_MAX = 8
 _NUMBER_MAX = 2**63
 _CONFIRMATIONS = frozenset({"x5t#S256", "jkt"})
+_NO_SCOPES: frozenset[str] = frozenset()
 
 
 class Claims(NamedTuple):
@@ -114,9 +116,12 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 def _scopes(payload: Mapping[str, Any]) -> frozenset[str]:
     """Split at single spaces alone (RFC 6749 section 3.3): no other space parts them."""
-    if "scope" not in payload:
-        return frozenset()
-    scopes = frozenset(_text(payload, "scope").split(" "))
+    return _scopes_of(_text(payload, "scope")) if "scope" in payload else _NO_SCOPES
+
+
+@lru_cache(maxsize=1024)  # many tokens have the same, and then share them
+def _scopes_of(text: str) -> frozenset[str]:
+    scopes = frozenset(text.split(" "))
     if "" in scopes:
         raise Refused(Reason.TOKEN_MALFORMED)
     return scopes

@@ -292,14 +292,15 @@ def _alive(judge: Judge, verified: Verified, now: float) -> Iterator[tuple[str, 
         _only(verified, spared._replace(issued=begins)),
     )
     for name, reason in _MARKED.items():
-        marks = tuple(mark for mark in verified.marks if mark[1] is reason)
+        able = zip(verified.marks, verified.reasons, strict=True)
+        marks = tuple(key for key, means in able if means is reason)
         ids = " ".join(_show(id_) for kind, id_ in _marked(verified) if kind == name)
         if ids:
-            dead = any(state.is_dead(key) for key, _ in marks)
+            dead = any(map(state.is_dead, marks))
             detail = f"{ids}: {'marked dead' if dead else 'not marked'}"
         else:
             detail = "has none"
-        yield name, detail, _only(verified, spared, marks)
+        yield name, detail, _only(verified, spared, marks, (reason,) * len(marks))
     yield (
         "cutoff",
         f"rev {claims.revision}, the highest cutoff is {state.cutoff(verified.cutoffs) or 'none'}",
@@ -308,11 +309,14 @@ def _alive(judge: Judge, verified: Verified, now: float) -> Iterator[tuple[str, 
 
 
 def _only(
-    verified: Verified, claims: Claims, marks: tuple[tuple[bytes, Reason], ...] = ()
+    verified: Verified,
+    claims: Claims,
+    marks: tuple[bytes, ...] = (),
+    reasons: tuple[Reason, ...] = (),
 ) -> Verified:
     """The same token, but for these claims and marks; the same cutoffs apply to it."""
     alone = Verified(verified.verifier, claims, kid=verified.kid)
-    alone.marks, alone.cutoffs = marks, verified.cutoffs
+    alone.marks, alone.reasons, alone.cutoffs = marks, reasons, verified.cutoffs
     return alone
 
 
@@ -332,7 +336,7 @@ def _marked(verified: Verified) -> Iterator[tuple[str, str]]:
 def killers(claims: Claims, kid: str) -> dict[bytes, tuple[MarkerKind, tuple[str, ...]]]:
     """The markers that can kill what claims this, signed by this key, by their keys."""
     verified = Verified(None, claims, kid=kid)
-    able = {key for key, _ in verified.marks} | {*verified.cutoffs}
+    able = {*verified.marks, *verified.cutoffs}
     able.add(marker_key(MarkerKind.CUTOFF_EVERYTHING))
     found = {marker_key(kind, *ids): (kind, ids) for kind, ids in _candidates(claims, kid)}
     return {key: found[key] for key in found.keys() & able}

@@ -81,6 +81,7 @@ class Verified:
         "ends",
         "kid",
         "marks",
+        "reasons",
         "seen",
         "verifier",
     )
@@ -94,7 +95,8 @@ class Verified:
         self.ends = claims.expires + LEEWAY_S
         """It holds from `begins` until before `ends`."""
         taint = verifier.taint_key if verifier is not None else _taint(kid)
-        self.marks = _marks(taint, claims)
+        self.marks, self.reasons = _marks(taint, claims)
+        """Keys of the dead marks that can kill the token, and what each of them means."""
         self.cutoffs = cutoff_keys(
             claims.client_id, claims.subject, claims.actors, claims.audiences
         )
@@ -108,18 +110,29 @@ def _taint(kid: str) -> bytes:
     return marker_key(MarkerKind.KEY_TAINTED, kid)
 
 
-def _marks(taint: bytes, claims: Claims) -> tuple[tuple[bytes, Reason], ...]:
-    """Keys of the dead marks that can kill the token."""
-    found = [(marker_key(MarkerKind.TOKEN_DEAD, claims.jti), Reason.TOKEN_REVOKED)]
+def _marks(taint: bytes, claims: Claims) -> tuple[tuple[bytes, ...], tuple[Reason, ...]]:
+    """A tuple of bytes alone is nothing to the garbage collector, and many tokens share the
+    reasons: what each cached token adds makes a collection longer.
+    """
+    found = [marker_key(MarkerKind.TOKEN_DEAD, claims.jti)]
+    reasons = [Reason.TOKEN_REVOKED]
     if claims.root_jti:
-        found.append((marker_key(MarkerKind.TOKEN_DEAD, claims.root_jti), Reason.TOKEN_REVOKED))
+        found.append(marker_key(MarkerKind.TOKEN_DEAD, claims.root_jti))
+        reasons.append(Reason.TOKEN_REVOKED)
     if claims.session_id:  # before the grants in it, which end with it
-        found.append((marker_key(MarkerKind.SESSION_DEAD, claims.session_id), Reason.SESSION_ENDED))
+        found.append(marker_key(MarkerKind.SESSION_DEAD, claims.session_id))
+        reasons.append(Reason.SESSION_ENDED)
     if claims.grant_id:
-        found.append((marker_key(MarkerKind.GRANT_DEAD, claims.grant_id), Reason.GRANT_REVOKED))
-    found.append((taint, Reason.TOKEN_KEY_TAINTED))
-    found.extend((_taint(kid), Reason.TOKEN_KEY_TAINTED) for kid in claims.key_ids)
-    return tuple(found)
+        found.append(marker_key(MarkerKind.GRANT_DEAD, claims.grant_id))
+        reasons.append(Reason.GRANT_REVOKED)
+    found += [taint, *map(_taint, claims.key_ids)]
+    reasons += [Reason.TOKEN_KEY_TAINTED] * (1 + len(claims.key_ids))
+    return tuple(found), _shared(tuple(reasons))
+
+
+@lru_cache(maxsize=64)
+def _shared(reasons: tuple[Reason, ...]) -> tuple[Reason, ...]:
+    return reasons
 
 
 @lru_cache(maxsize=8192)  # the same client and subject come again with every token of theirs
@@ -262,7 +275,7 @@ class Judge:
             is_over = verified.ends <= now
             raise Refused(Reason.TOKEN_EXPIRED if is_over else Reason.TOKEN_NOT_YET_VALID)
         state = self.state
-        reason = state.killer(verified.marks)
+        reason = state.killer(verified.marks, verified.reasons)
         if reason is not None:
             raise Refused(reason)
         if verified.claims.revision < state.cutoff(verified.cutoffs):

@@ -178,12 +178,12 @@ class State:
         """Whether a token, grant, session or signing key is dead."""
         return key in self._dead[key[0]]
 
-    def killer(self, marks: Iterable[tuple[bytes, Reason]]) -> Reason | None:
-        """What stands beside the first of these keys that is dead."""
+    def killer(self, keys: tuple[bytes, ...], reasons: tuple[Reason, ...]) -> Reason | None:
+        """What stands in the place of the first of these keys that is dead."""
         dead = self._dead
-        for key, reason in marks:
+        for key in keys:
             if key in dead[key[0]]:
-                return reason
+                return reasons[keys.index(key)]
         return None
 
     def cutoff(self, keys: tuple[bytes, ...]) -> int:
