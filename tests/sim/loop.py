@@ -115,9 +115,11 @@ _node: "contextvars.ContextVar[Node | None]" = contextvars.ContextVar("node", de
 
 
 def _task(loop: asyncio.AbstractEventLoop, work: Any, **named: Any) -> "asyncio.Task[Any]":
-    task: asyncio.Task[Any] = asyncio.Task(work, loop=loop, **named)
     context = named.get("context")
-    node = context[_node] if context is not None and _node in context else _node.get()
+    if context is not None and _node not in context:
+        context.run(_node.set, _node.get())  # whatever else it leaves behind, not its process
+    node = context[_node] if context is not None else _node.get()
+    task: asyncio.Task[Any] = asyncio.Task(work, loop=loop, **named)
     if node is not None:
         node.tasks[task] = None
         task.add_done_callback(lambda done: node.tasks.pop(done, None))

@@ -1,12 +1,13 @@
 """The processes of a world: workers and validators made of the real parts, and what is between."""
 
 import asyncio
+import math
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 
@@ -18,27 +19,35 @@ from authsvc.feed.follow import Follow
 from authsvc.feed.publish import Publish
 from authsvc.feed.watch import WatchChanges
 from authsvc.identify import Identify
-from authsvc.issue import IssueToken
+from authsvc.issue import IssueToken, TokenRequest
 from authsvc.keys.refresh import RefreshKeys
 from authsvc.keys.ring import KeyRing
 from authsvc.keys.secrets import Mac, Sealer
-from authsvc.mint import GrantLife, Mint, OpenGrant
+from authsvc.mint import GrantLife, Mint, OpenGrant, Reissue, Reissued, TokenAnswer
+from authsvc.model import NOBODY, Caller, Peer
+from authsvc.permissions import Held
 from authsvc.refresh import RefreshToken
 from authsvc.review import ReviewClient
 from authsvc.revocations import Revocations
 from authsvc.revoke import RevokeToken
+from authsvc.rpc import status
+from authsvc.rpc.agent import AgentServicer, Beside
+from authsvc.rpc.answers import Judged
 from authsvc.rpc.convert import watched
+from authsvc.rpc.policy import Grounds, Policy
 from authsvc.store.cached import CachedCatalog, CachedClients
 from authsvc.store.port import Change
+from authsvc.telemetry import Metrics
 from authsvc.validate import ValidateToken
+from authsvc_client import AuthsvcClient, LocalValidator
 from authsvc_client.core.judge import ANY_AUDIENCE, Judge, Question, Verdict
 from authsvc_client.core.markers import Marker, MarkerKind
 from authsvc_client.core.state import State, StateStale
 from authsvc_client.core.watched import Watched
 from authsvc_client.errors import Unavailable, error_trailers
+from authsvc_client.messages import RemoteVerdict
 from authsvc_client.staleness import WhenStale
 from authsvc_client.v1 import auth_pb2
-from authsvc_client.validator import Local
 from authsvc_client.watcher import Watcher
 from tests.sim.loop import Node
 from tests.sim.memory import Memory
@@ -61,6 +70,14 @@ WRITES = frozenset(
 )
 FLOW = 64
 """Messages that a stream holds before whoever sends has to wait."""
+LIVE = frozenset({"pay"})
+"""Permissions that all have; who asks for them is answered by a worker."""
+METRICS = Metrics()
+ANYBODY = Caller("anybody", "", frozenset(), frozenset({ANY_AUDIENCE}), NOBODY)
+
+
+class Unknown(Exception):
+    """A call without an answer: it may have been done or not."""
 
 
 class Link:
@@ -203,6 +220,8 @@ class Worker(Node):
         )
         mint = Mint(ISSUER, self.ring, store, _no_permissions, state, self)
         append, reach = Append(store), self.follow.reach
+        self._policy = Policy(ISSUER, frozenset(), _nobody, clients, catalog, identify, state, self)
+        self._kept: dict[TokenRequest, tuple[Grounds, Reissue]] = {}
         self.issue = IssueToken(
             ISSUER,
             authenticate,
@@ -216,7 +235,10 @@ class Worker(Node):
         self.refresh = RefreshToken(
             ISSUER, authenticate, store, REFRESH_KEYS, LIFE, catalog, reach, mint
         )
-        self.validate = ValidateToken(identify, _no_permissions, self.follow, state)  # type: ignore[arg-type]
+        held: Any = SimpleNamespace(at_hand=lambda *_: Held(LIVE, state.revision))
+        self.validate = ValidateToken(identify, held, self.follow, state)
+        judged: Any = Judged(self.validate, state, METRICS)
+        self._answers = Answers(AgentServicer(judged))  # to those who have been let in
         self.revoke = RevokeToken(identify.alive, REFRESH_KEYS, store, append, reach)
         self.revocations = Revocations(store, store.get, store.get, append, reach)
         self.review = ReviewClient(store, catalog, reach, 1e9)
@@ -267,6 +289,24 @@ class Worker(Node):
                 if resource.staleness_max_s is not None
             }
 
+    async def issue_again(self, request: TokenRequest, peer: Peer) -> TokenAnswer | Reissued:
+        """As the edge does: by what was found for the same request before, while that stands."""
+        grounds, reissue = self._kept.get(request, (None, None))
+        if grounds is not None and reissue is not None and self._policy.stand(grounds, self.wall()):
+            self.world.count("reissued")
+            return reissue()
+        answer = await self.issue(request, peer)
+        if (again := answer.again) is not None:
+            self._kept[request] = (Grounds.of(again.client, peer, again.catalog), again.issue)
+        return answer
+
+    async def answer(self, name: str, raw: bytes) -> bytes:
+        """Of a question."""
+        self.world.count("worker_asked")
+        if not self.is_ready:
+            raise StateStale(math.inf)
+        return await self._answers(name, raw)
+
     @staticmethod
     def _check_password(store: Any) -> Any:
         async def check(username: str, _password: str, _peer: Any, _address: str) -> Any:
@@ -283,12 +323,16 @@ class Worker(Node):
         return answer.verdict if answer is not None else None
 
 
+def _nobody() -> str | None:
+    return None
+
+
 async def _no_permissions(_subject: str, _audience: str) -> Any:
     raise AssertionError("nobody asks for permissions here")
 
 
 class Ended(grpc.RpcError):
-    """How a stream ends at the client."""
+    """How a call ends at the client."""
 
     def __init__(self, code: grpc.StatusCode, reason: Reason = Reason.UNSPECIFIED) -> None:
         self._code = code
@@ -307,7 +351,7 @@ class Ended(grpc.RpcError):
 class Stream:
     """A WatchChanges call: what is sent comes in order, late, in a rush after a stall, or never."""
 
-    def __init__(self, world: "World", worker: Worker, watcher: "Validator", request: Any) -> None:
+    def __init__(self, world: "World", worker: Worker, watcher: Any, request: Any) -> None:
         self._world = world
         self.worker = worker
         self.watcher = watcher
@@ -376,6 +420,63 @@ class Stream:
         self._sender.cancel()
 
 
+class Answers:
+    """What is behind the edge of a worker and of an agent, for questions about tokens."""
+
+    def __init__(self, servicer: AgentServicer) -> None:
+        self._servicer = servicer
+        self._call: Any = SimpleNamespace(caller=ANYBODY, require_caller=_let_in)
+
+    async def __call__(self, name: str, raw: bytes) -> bytes:
+        """Raises AuthError and StateStale."""
+        asked: Any = self._servicer.readers[name](raw)
+        return bytes(await getattr(self._servicer, name)(asked, self._call))
+
+
+async def _let_in(_scope: str) -> None:
+    pass
+
+
+class Wire:
+    """A channel of grpc.aio, to one or another."""
+
+    def __init__(
+        self, world: "World", pick: Callable[[], Any], watcher: "Validator | None" = None
+    ) -> None:
+        self._world = world
+        self._pick = pick
+        self._watcher = watcher
+
+    def unary_unary(self, path: str, **coding: Any) -> Any:
+        """See grpc.aio.Channel."""
+
+        async def call(request: Any, **_named: Any) -> Any:
+            raw = coding["request_serializer"](request)
+            return coding["response_deserializer"](await self._call(path.rpartition("/")[2], raw))
+
+        return call
+
+    def unary_stream(self, _path: str, **_coding: Any) -> Any:
+        """See grpc.aio.Channel."""
+        return lambda request: Stream(self._world, self._pick(), self._watcher, request)
+
+    async def _call(self, name: str, raw: bytes) -> bytes:
+        """What was done without an answer may be done again."""
+        world = self._world
+        for may_repeat in (world.rng.random() < 0.5, False):
+            server = self._pick()
+            try:
+                return bytes(await world.call(server, partial(server.answer, name, raw), TIMEOUT_S))
+            except (AuthError, StateStale) as error:
+                told, _ = status.public(error)
+                raise Ended(status.grpc_code(told.rule.code), told.reason) from error
+            except Unknown:
+                if not may_repeat:
+                    break
+                world.count("asked_again")
+        raise Ended(grpc.StatusCode.UNAVAILABLE)
+
+
 class Validator(Node):
     """A process that judges by itself: the state of the client, fed by streams."""
 
@@ -383,25 +484,33 @@ class Validator(Node):
         super().__init__(name, world.loop, booted=world.rng.uniform(10, 1000))
         self.world = world
         self.then = then
-        self.local = Local(
-            ISSUER, staleness_max_s=world.staleness_s, when_stale=then, now=self.boot
+        self.client = AuthsvcClient(Wire(world, self._a_worker, self))  # type: ignore[arg-type]
+        self.validator = LocalValidator(
+            self.client,
+            issuer=ISSUER,
+            staleness_max_s=world.staleness_s,
+            when_stale=then,
+            now=self.boot,
         )
-        stub = SimpleNamespace(WatchChanges=self._watch)
-        self.watched = Watched(self.local.state)
-        self._watcher = Watcher(stub, self.watched, now=self.boot, draw=world.rng.random)
+        self.local = self.validator._local
+        self._watcher = Watcher(
+            self.client.stub, Watched(self.state), now=self.boot, draw=world.rng.random
+        )
 
     @property
     def state(self) -> State:
         return self.local.state
 
-    def _watch(self, request: Any) -> Stream:
-        world = self.world
-        alive = [worker for worker in world.workers if worker.alive]
-        return Stream(world, world.rng.choice(alive), self, request)
+    def _a_worker(self) -> Worker:
+        return self.world.rng.choice([worker for worker in self.world.workers if worker.alive])
 
     def serve(self) -> None:
         """Begins to watch."""
         self.start(self._watcher._run())
+
+    def serves(self) -> bool:
+        """Whether it takes calls."""
+        return self.alive
 
     def judge(self, token: str, question: Question) -> Verdict | None:
         """Raises StateStale where it refuses to judge."""
@@ -410,7 +519,25 @@ class Validator(Node):
         except Unavailable as error:
             raise StateStale(self.local.age_s()) from error
 
+    async def ask(self, token: str, **asked: Any) -> Verdict | RemoteVerdict:
+        """As the service whose process it is. Raises Unknown and AuthsvcError."""
+        answer = await self.world.call(self, lambda: self.validator.validate(token, **asked))
+        return cast("Verdict | RemoteVerdict", answer)
 
-ANYTHING = Question(frozenset({ANY_AUDIENCE}))
 
-Call = Callable[[], Awaitable[Any]]
+class Agent(Validator):
+    """One that others ask, put together as in authsvc.agent, without its edges."""
+
+    def __init__(self, world: "World", name: str, then: WhenStale) -> None:
+        super().__init__(world, name, then)
+        self._answers = Answers(AgentServicer(Beside(self.local, self.client)))
+        self._beside = AuthsvcClient(Wire(world, lambda: self))  # type: ignore[arg-type]
+
+    async def answer(self, name: str, raw: bytes) -> bytes:
+        """Of a question."""
+        self.world.count("agent_asked")
+        return await self._answers(name, raw)
+
+    async def ask(self, token: str, **asked: Any) -> Verdict | RemoteVerdict:
+        """As a process beside it."""
+        return await self._beside.validate(token, **asked)

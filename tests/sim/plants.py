@@ -1,18 +1,24 @@
 """Bugs that the simulator must find. The product has no switch for them: each changes one step."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from authsvc.feed.follow import Follow
 from authsvc.mint import Mint
+from authsvc.rpc.agent import Beside
+from authsvc.rpc.answers import Batch
+from authsvc.rpc.convert import Asked
+from authsvc.rpc.pipeline import Call
+from authsvc.rpc.policy import Policy
 from authsvc.store.port import FeedPage
 from authsvc_client.core.markers import CUTOFF_KINDS, Marker
 from authsvc_client.core.state import State
 from authsvc_client.core.watched import Watched
+from authsvc_client.validator import Local
 from tests.sim.memory import Memory
 from tests.sim.nodes import Worker
 
@@ -60,12 +66,15 @@ def new_epoch_forgets(patch: pytest.MonkeyPatch) -> None:
 
     def forgets(self: Watched) -> None:
         forget(self)
-        state = self.state
-        empty = State(state.staleness_max_s)
-        for name in ("_dead", "_cutoffs", "everything"):
-            setattr(state, name, getattr(empty, name))
+        _forget_marks(self.state)
 
     patch.setattr(Watched, "forget", forgets)
+
+
+def _forget_marks(state: State) -> None:
+    empty = State(state.staleness_max_s)
+    for name in ("_dead", "_cutoffs", "everything"):
+        setattr(state, name, getattr(empty, name))
 
 
 def age_from_the_receipt(patch: pytest.MonkeyPatch) -> None:
@@ -115,7 +124,8 @@ def rev_after_authority(patch: pytest.MonkeyPatch) -> None:
 
     async def late(self: Mint, moment: Any, *given: Any, **named: Any) -> Any:
         await asyncio.sleep(1)
-        return await mint(self, replace(moment, revision=self._state.revision), *given, **named)
+        signed = moment._replace(revision=self._state.revision)
+        return await mint(self, signed, *given, **named)
 
     patch.setattr(Mint, "__call__", late)
 
@@ -221,6 +231,11 @@ def word_taken_back(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Follow, "hear", forgets)
 
 
+def reissued_to_whomever(patch: pytest.MonkeyPatch) -> None:
+    """Who was issued a token is issued more of them, whatever became of it."""
+    patch.setattr(Policy, "stand", lambda *_: True)
+
+
 def not_strong(patch: pytest.MonkeyPatch) -> None:
     """A strong answer joins a read that is under way already."""
 
@@ -228,6 +243,68 @@ def not_strong(patch: pytest.MonkeyPatch) -> None:
         await asyncio.sleep(0)
 
     patch.setattr(Follow, "fresh", fresh)
+
+
+def agent_without_its_age(patch: pytest.MonkeyPatch) -> None:
+    """An agent answers as if it had been told of everything a moment ago."""
+    at_hand = Beside.at_hand
+
+    def young(self: Beside, asked: Asked, call: Call) -> bytes | None:
+        local = self._local
+        now, confirmed = local._now, local.state.confirmed
+        if confirmed is not None:
+            local._now = lambda: confirmed
+        try:
+            return at_hand(self, asked, call)
+        finally:
+            local._now = now
+
+    patch.setattr(Beside, "at_hand", young)
+
+
+def answer_of_before(patch: pytest.MonkeyPatch) -> None:
+    """An agent gives the answer again that it gave before its stream was cut."""
+    at_hand = Beside.at_hand
+
+    def again(self: Beside, asked: Asked, call: Call) -> bytes | None:
+        known = vars(self).setdefault("known", {})
+        if asked.token not in known or not self._local._is_degraded:
+            known[asked.token] = at_hand(self, asked, call)
+        return cast("bytes | None", known[asked.token])
+
+    patch.setattr(Beside, "at_hand", again)
+
+
+def forgotten_at_a_resume(patch: pytest.MonkeyPatch) -> None:
+    """Whoever resumes forgets what kills: that comes again, does it not?"""
+    opened = Watched.open
+
+    def forgets(self: Watched, boot: float) -> int:
+        _forget_marks(self.state)
+        return opened(self, boot)
+
+    patch.setattr(Watched, "open", forgets)
+
+
+def asked_of_one_behind(patch: pytest.MonkeyPatch) -> None:
+    """Any worker may answer a validator, also one that has not applied what it has."""
+    asks = Local.asks
+    patch.setattr(Local, "asks", lambda self: asks(self) and 0)
+
+
+def told_and_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """What a worker refused as revoked is accepted by who asked, until it hears of it."""
+    patch.setattr(Local, "told", lambda _self, _token, reason: reason)
+
+
+def answers_in_disorder(patch: pytest.MonkeyPatch) -> None:
+    """Of several questions the last is answered first."""
+    batch = Batch.__call__
+
+    async def backwards(self: Batch, asked: Sequence[Any], call: Call) -> bytes:
+        return await batch(self, asked[::-1], call)
+
+    patch.setattr(Batch, "__call__", backwards)
 
 
 PLANTS: dict[Plant, int] = {
@@ -243,19 +320,30 @@ PLANTS: dict[Plant, int] = {
     snapshot_of_two_histories: 1,
     lowest_cutoff: 1,
     not_strong: 1,
+    agent_without_its_age: 1,
+    answer_of_before: 1,
+    forgotten_at_a_resume: 1,
+    asked_of_one_behind: 1,
+    answers_in_disorder: 2,
     cutoff_at_its_own: 2,
     snapshot_of_before: 3,
     no_generation: 4,
     successor_again: 4,
+    reissued_to_whomever: 4,
     word_taken_back: 5,
+    told_and_forgotten: 5,
 }
 """Each with the invariant that tells of it; others may be broken first."""
 SEEN_FROM: dict[Plant, int] = {
-    hop_without_its_age: 19,
-    message_advances: 29,
-    no_generation: 49,
-    beat_that_did_not_move: 53,
-    age_from_the_receipt: 130,
-    snapshot_of_two_histories: 135,
+    not_strong: 16,
+    age_from_the_receipt: 17,
+    hop_without_its_age: 17,
+    agent_without_its_age: 19,
+    word_taken_back: 19,
+    message_advances: 54,
+    asked_of_one_behind: 72,
+    beat_that_did_not_move: 135,
+    answer_of_before: 136,
+    snapshot_of_two_histories: 275,
 }
 """The first seed that found it once; who starts there need not search for long."""

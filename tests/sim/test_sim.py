@@ -31,6 +31,8 @@ HAPPENS = (
     *("paused", "restarted", "cut_is_cut", "cut_has_redis", "stalled", "reset", "outage"),
     *("failover", "deposed", "commits_lost", "restored", "database_clock_set", "clock_set"),
     *("message_lost", "message_twice", "reply_lost", "answer_lost", "accepted", "refused", "stale"),
+    *("reissued", "worker_asked", "agent_asked", "asked_again"),
+    *("told_active", "told_refused", "not_told"),
 )
 """All of it in each block: a world in which nothing happens proves nothing."""
 

@@ -9,9 +9,14 @@ What the model promises, and by what it is judged:
 2. A validator that has applied the head, and is not stale, accepts every token that nothing killed.
 3. The applied revision of a validator never goes back.
 4. A refresh token has one successor, and is worth nothing once that was used; what is dead gives no
-   more tokens.
+   more tokens, nor does who is suspended get one of a worker that has applied that.
 5. What a validator refused as revoked it never accepts again; and nobody does, later than
    `staleness_max` after that.
+
+Agents are validators that answer others, so all of it holds of their answers, too: whether by their
+own state or by that of a worker which they asked, and of what a validator's worker answered. Ages
+of state add up on the way there. What is on its way back was true at some moment since the question
+was asked, so a question that comes later is never answered by less.
 
 Lost commits: a failover without `synchronous` may lose the last of them, those that were answered
 too. The promise holds for them all the same, as the epoch that opens then cuts off everything: what
@@ -64,10 +69,11 @@ from authsvc_client.core.judge import ANY_AUDIENCE, Question
 from authsvc_client.core.jws import decode, json_object
 from authsvc_client.core.markers import MarkerKind
 from authsvc_client.core.state import REVISIONS_PER_EPOCH, StateStale
-from authsvc_client.staleness import CLOSED, open_for
+from authsvc_client.errors import AuthsvcError
+from authsvc_client.staleness import CLOSED, REMOTE, open_for
 from tests.sim.loop import HandLoop
 from tests.sim.memory import Memory, Tables
-from tests.sim.nodes import SEALER, WALL_S, Stream, Validator, Worker
+from tests.sim.nodes import LIVE, SEALER, WALL_S, Agent, Stream, Unknown, Validator, Worker
 
 LEEWAY_S, SKEW_S, TOKEN_S_MAX, SWEEP_S = 6.0, 3.0, 8, 4.0
 """The world is a small one: lives are seconds, so that many end in one run."""
@@ -108,10 +114,6 @@ class Violation(AssertionError):
     """An invariant does not hold."""
 
 
-class Unknown(Exception):
-    """A call without an answer: it may have been done or not."""
-
-
 @dataclass(eq=False)
 class Kill:
     """A change that kills, when it was committed."""
@@ -142,15 +144,19 @@ class Token:
     marks: frozenset[Change]
     cutoffs: frozenset[Change]
     bound_s: float
+    began: float
+    """When it was asked for."""
     kills: list[Kill] = field(default_factory=list)
     refused_at: float | None = None
     """When a validator first refused it as revoked."""
 
     def must_die_by(self, kill: Kill) -> bool:
-        """Not where the database forgot that a key was tainted, and goes on to sign by it: who saw
-        the taint refuses these tokens, who did not takes them.
+        """Not where the database forgot that a key was tainted, and goes on to sign by it, or an
+        epoch, and goes on below it. Who saw that refuses these tokens, who did not takes them.
         """
-        return not kill.is_lost or self.claims.revision <= kill.revision
+        rev = self.claims.revision
+        is_later = kill.at < self.began and rev // REVISIONS_PER_EPOCH < kill.epoch
+        return not kill.is_lost or (rev <= kill.revision and not is_later)
 
     def dies_by(self, kill: Kill) -> bool:
         """By what the token says of itself."""
@@ -225,7 +231,8 @@ class World:
         self.names = 0
         self._populate()
         self.workers = [Worker(self, f"w{n}") for n in range(rng.choice([1, 2, 2, 3]))]
-        self.validators = [self._validator(f"v{n}") for n in range(rng.choice([1, 2, 2]))]
+        self.validators = [self._validator(Validator, "v0")]
+        self.validators += [self._validator(Agent, f"a{n}") for n in range(rng.choice([1, 1, 2]))]
 
     # --- what it is made of ---
 
@@ -264,9 +271,15 @@ class World:
         t.keys[key.kid] = replace(key, activate_time=now)
         self._keep_copy()
 
-    def _validator(self, name: str) -> Validator:
-        then = open_for(self.rng.choice([10.0, 20.0])) if self.rng.random() < 0.25 else CLOSED
-        return Validator(self, name, then)
+    def _validator(self, kind: type[Validator], name: str) -> Validator:
+        then = self.rng.choice([CLOSED, REMOTE, open_for(10), open_for(20)])
+        return kind(self, name, then)
+
+    def _anew(self, at: int) -> Validator:
+        old = self.validators[at]
+        old.kill()
+        self.validators[at] = self._validator(type(old), old.name)
+        return self.validators[at]
 
     # --- time, and the network ---
 
@@ -334,7 +347,10 @@ class World:
     def _keep_copy(self, database: Memory | None = None) -> None:
         self.copies.append((self.loop.time(), (database or self.database).tables.copy()))
 
-    def _add_token(self, client_id: str, answer: TokenAnswer, via: str, began: float) -> Token:
+    def _add_token(
+        self, client_id: str, answer: Any, via: str, began: float, applied: int = 0
+    ) -> Token:
+        """`applied` had whoever issued it when it was asked for, at least."""
         claims = parse_claims(json_object(decode(answer.access_token.split(".")[1])))
         kid = json_object(decode(answer.access_token.split(".")[0]))["kid"]
         marks = {
@@ -363,6 +379,7 @@ class World:
                 }
             ),
             min([self.staleness_s, *bounds]),
+            began,
         )
         token.kills += [kill for kill in self.kills if token.dies_by(kill)]
         if self.database.tables.clients[client_id].state is ClientState.SUSPENDED:
@@ -371,6 +388,11 @@ class World:
             suspended = {change(kind, client_id) for kind in kinds}
             since = [kill for kill in self.kills if kill.at >= began and not kill.is_lost]
             token.kills += [kill for kill in since if suspended <= kill.changes]
+            touched = change(MarkerKind.CLIENT_CHANGED, client_id)
+            for kill in [kill for kill in self.kills if touched in kill.changes][-1:]:
+                is_sure = suspended <= kill.changes and not kill.is_lost and not kill.is_fork
+                if is_sure and kill.revision <= applied < (kill.epoch + 1) * REVISIONS_PER_EPOCH:
+                    raise Violation(f"4: {client_id} was given a token: {_say(kill)}")
         self.tokens.append(token)
         self.count(f"issued_{via}")
         self.say(token.name, "issued by", via, "to", client_id, "rev", _short(claims.revision))
@@ -405,42 +427,53 @@ class World:
         except StateStale:
             self.count("stale")
             return
-        applied, refused = node.state.revision, self.refused.setdefault(node, set())
-        if verdict is None:
-            self.count("asked")
-        elif verdict.active:
+        if verdict is None and node.state.age(node.boot()) > token.bound_s:
+            self.count("asked")  # a worker is
+        elif verdict is not None and verdict.active:
             self.count("accepted")
-            bound = max(token.bound_s, node.then.open_s if isinstance(node, Validator) else 0.0)
-            bound += self.clock_set_s + TOLERANCE_S
-            for kill in filter(token.must_die_by, token.kills):
-                if now > kill.at + bound:
-                    self._fail(1, node, token, f"killed at {kill.at:.3f} by {_say(kill)}")
-                is_later = applied // REVISIONS_PER_EPOCH > kill.epoch
-                if kill.is_below:
-                    continue
-                if is_later or (applied >= kill.revision and not kill.is_fork):
-                    self._fail(1, node, token, f"although it applied {_say(kill)}")
-            if not all(map(token.must_die_by, token.kills)):
-                return
-            if token.name in refused:
-                self._fail(5, node, token, "which it refused before")
-            if token.refused_at is not None and now > token.refused_at + bound:
-                self._fail(5, node, token, f"refused by somebody at {token.refused_at:.3f}")
+            was_refused = token.name in self.refused.setdefault(node, set())
+            self._require_alive(node, token, now, node.state.revision, was_refused)
+        else:
+            reason = verdict.reason if verdict is not None else Reason.TOKEN_KEY_UNKNOWN
+            self._require_reason(node, token, reason, is_current=self._is_current(node))
+
+    def _require_alive(
+        self, node: Any, token: Token, asked_at: float, applied: int, was_refused: bool
+    ) -> None:
+        """Of one that was accepted: nothing had killed it when that was asked."""
+        bound = max(token.bound_s, node.then.open_s if isinstance(node, Validator) else 0.0)
+        bound += self.clock_set_s + TOLERANCE_S
+        for kill in filter(token.must_die_by, token.kills):
+            if asked_at > kill.at + bound:
+                self._fail(1, node, token, f"killed at {kill.at:.3f} by {_say(kill)}")
+            is_later = applied // REVISIONS_PER_EPOCH > kill.epoch
+            if kill.is_below:
+                continue
+            if is_later or (applied >= kill.revision and not kill.is_fork):
+                self._fail(1, node, token, f"although it applied {_say(kill)}")
+        if not all(map(token.must_die_by, token.kills)):
             return
-        elif verdict.reason in REVOKED:
+        if was_refused:
+            self._fail(5, node, token, "which it refused before")
+        if token.refused_at is not None and asked_at > token.refused_at + bound:
+            self._fail(5, node, token, f"refused by somebody at {token.refused_at:.3f}")
+
+    def _require_reason(self, node: Any, token: Token, reason: Reason, *, is_current: bool) -> None:
+        """Of one that was refused, by who may have applied all that there is."""
+        now = self.loop.time()
+        if reason in REVOKED:
             self.count("refused")
-            refused.add(token.name)
+            self.refused.setdefault(node, set()).add(token.name)
             if token.refused_at is None:
                 token.refused_at = now
-        if not token.kills and self._is_current(node):
-            reason = verdict.reason if verdict is not None else Reason.TOKEN_KEY_UNKNOWN
-            latest = WALL_S + now + self.clock_shift_max + OPENING_S
-            is_over = latest >= token.claims.expires + LEEWAY_S
-            if reason is Reason.TOKEN_EXPIRED and is_over:
-                return
-            if reason is Reason.TOKEN_NOT_YET_VALID and self.clock_set_s:
-                return
-            self._fail(2, node, token, f"refused: {reason.name}")
+        if token.kills or not is_current:
+            return
+        latest = WALL_S + now + self.clock_shift_max + OPENING_S
+        if reason is Reason.TOKEN_EXPIRED and latest >= token.claims.expires + LEEWAY_S:
+            return
+        if reason is Reason.TOKEN_NOT_YET_VALID and self.clock_set_s:
+            return
+        self._fail(2, node, token, f"refused: {reason.name}")
 
     def _is_current(self, node: Any) -> bool:
         t = self.database.tables
@@ -457,14 +490,16 @@ class World:
 
     # --- calls ---
 
-    async def call(self, worker: Worker, what: Callable[[], Awaitable[Any]]) -> Any:
+    async def call(
+        self, worker: Any, what: Callable[[], Awaitable[Any]], timeout_s: float = CALL_S
+    ) -> Any:
         """Of a client over the network. Raises AuthError, StateStale and Unknown."""
         await self.transit()
         if not worker.serves():
             raise Unknown
         task = worker.start(_finish(what))
         try:
-            async with asyncio.timeout(CALL_S):
+            async with asyncio.timeout(timeout_s):
                 answer = await asyncio.shield(task)
         except (TimeoutError, asyncio.CancelledError) as error:
             if self.rng.random() < 0.5:
@@ -492,9 +527,9 @@ class World:
         request = TokenRequest(
             GrantType.CLIENT_CREDENTIALS, Credentials(client_id), resources=self.a_resource()
         )
-        began = self.loop.time()
-        answer = await self.call(worker, lambda: worker.issue(request, peer_of(client_id)))
-        self._add_token(client_id, answer, "client_credentials", began)
+        began, applied = self.loop.time(), worker.state.revision
+        answer = await self.call(worker, lambda: worker.issue_again(request, peer_of(client_id)))
+        self._add_token(client_id, answer, "client_credentials", began, applied)
 
     async def login(self) -> None:
         client_id, worker = self.a_client(), self.a_worker()
@@ -661,6 +696,37 @@ class World:
             if verdict.active and kill.at < began and worker.database is self.database:
                 self._fail(1, worker, token, f"strongly, although killed by {_say(kill)}")
 
+    async def ask(self) -> None:
+        """A validator or an agent, as its callers do: several at once."""
+        recent = self.tokens[-8:]
+        node, count = self.rng.choice(self.validators), min(len(recent), self.rng.choice([1, 3]))
+        live = LIVE if self.rng.random() < 0.3 else frozenset()
+        tokens = self.rng.sample(recent, count)
+        await asyncio.gather(*(self._ask(node, token, live) for token in tokens))
+
+    async def _ask(self, node: Validator, token: Token, live: frozenset[str]) -> bool:
+        """Whether it was told."""
+        began, applied, head = self.loop.time(), node.state.revision, self.database.tables.head
+        was_refused = token.name in self.refused.setdefault(node, set())
+        is_current = self._is_current(node)
+        try:
+            verdict = await node.ask(
+                token.value, audience=token.claims.audiences[0], permissions=live
+            )
+        except (AuthsvcError, Unknown) as error:
+            self.count("not_told")
+            self.say(node.name, "cannot tell of", token.name, repr(error))
+            return False
+        is_current &= self._is_current(node) and self.database.tables.head == head
+        self.count("told_active" if verdict.active else "told_refused")
+        self.say(node.name, "tells of", token.name, verdict.reason.name)
+        if verdict.active:
+            applied = max(applied, verdict.revision)
+            self._require_alive(node, token, began, applied, was_refused)
+        else:
+            self._require_reason(node, token, verdict.reason, is_current=is_current)
+        return True
+
     # --- what befalls it ---
 
     async def compact(self) -> None:
@@ -698,8 +764,7 @@ class World:
         else:
             at = rng.randrange(len(self.validators))
             old = self.validators[at]
-            old.kill()
-            new = self.validators[at] = self._validator(old.name)
+            new = self._anew(at)
         self.count("restarted")
         self.say("restart", old.name)
         await asyncio.sleep(rng.choice([0.0, 0.5, 3.0]))
@@ -843,6 +908,7 @@ class World:
             (self.prepare, 0.3),
             (self.suspend, 1),
             (self.ask_strongly, 2),
+            (self.ask, 8),
             (self.compact, 1),
         ]
         faults: list[tuple[Callable[[], Awaitable[None]], float]] = [
@@ -897,9 +963,14 @@ class World:
             stream.reset(loses=True)
         for node in self.nodes():
             node.resume()
-        for _ in range(40):
+        for turn in range(40):
             await asyncio.sleep(0.5)
             self.check()
+            for at, validator in enumerate(self.validators):
+                # It saw an epoch that was lost, and that nobody who lives can know of.
+                if turn == 20 and validator.state.revision > self.database.tables.head:
+                    self.count("stranded")
+                    self._anew(at).serve()
             if all(self._is_current(node) and self._is_fresh(node) for node in self.nodes()):
                 break
         else:
@@ -909,6 +980,7 @@ class World:
             ]
             head = _short(self.database.tables.head)
             raise Violation(f"6: not well again, the head is {head}: {'; '.join(told)}")
+        made = []
         for worker in self.workers:
             request = TokenRequest(GrantType.PASSWORD, Credentials("c0"), resources=(API,))
             request = replace(request, password=Password("u0", ""))
@@ -919,9 +991,13 @@ class World:
                     if error.reason is Reason.STATE_STALE and self.clock_went_back:
                         continue
                     raise Violation(f"6: not well again: {error.reason.name}") from error
-                self._add_token("c0", answer, "login", self.loop.time())
+                made.append(self._add_token("c0", answer, "login", self.loop.time()))
         await asyncio.sleep(1.0)
         self.check()
+        for node in self.validators:
+            for token in made:
+                if not await self._ask(node, token, LIVE):
+                    raise Violation(f"6: {node.name} is not well again")
         self.count("healed")
 
     def _is_fresh(self, node: Any) -> bool:
@@ -990,7 +1066,7 @@ async def _finish(what: Callable[[], Awaitable[Any]]) -> Any:
     """Its answer, or the error that it answers with."""
     try:
         return await what()
-    except (AuthError, StateStale) as error:
+    except (AuthError, StateStale, AuthsvcError) as error:
         return error
 
 

@@ -91,9 +91,11 @@ class AuthsvcClient:
         permissions: Iterable[str] = (),
         step_up: StepUp = NO_STEP_UP,
         full: bool = False,
+        at_least: int = 0,
     ) -> RemoteVerdict:
         """Judges an access token; one that is not active is an answer, no error. `permissions` of
-        its subject must be held now; `full` answers all of them."""
+        its subject must be held now; `full` answers all of them. Whoever answers knows what was
+        done up to the revision `at_least`, as `revoke` answered it."""
         request = messages.validate(
             token,
             audience=audience,
@@ -103,6 +105,7 @@ class AuthsvcClient:
             permissions=permissions,
             step_up=step_up,
             full=full,
+            at_least=at_least,
         )
         return messages.verdict_of(await self.ask(request))
 

@@ -1,7 +1,7 @@
 """What is asked of authsvc, and what its answers mean: the same for both clients."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -40,6 +40,13 @@ class RemoteVerdict:
     """Live ones of the subject, where they were asked for."""
     www_authenticate: str = ""
     """Ready text of that header, where a stronger or more recent authentication is needed."""
+
+    def but(self, reason: Reason) -> "RemoteVerdict":
+        """The same; or a refusal, where another reason counts."""
+        if reason is self.reason:
+            return self
+        nothing: frozenset[str] = frozenset()
+        return replace(self, active=False, reason=reason, claims=None, permissions=nothing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +122,7 @@ def validate(
     permissions: Iterable[str] = (),
     step_up: StepUp = NO_STEP_UP,
     full: bool = False,
+    at_least: int = 0,
 ) -> auth_pb2.ValidateTokenRequest:
     request = auth_pb2.ValidateTokenRequest(
         token=token,
@@ -129,7 +137,19 @@ def validate(
         request.max_age.FromSeconds(step_up.max_age_s)
     if thumbprint:
         request.presenter.certificate_thumbprint = thumbprint
+    if at_least:
+        request.consistency.at_least = at_least
     return request
+
+
+def knowing(request: auth_pb2.ValidateTokenRequest, revision: int) -> auth_pb2.ValidateTokenRequest:
+    """The same question to a state that knows this revision too."""
+    if request.consistency.HasField("strong") or request.consistency.at_least >= revision:
+        return request
+    asked = auth_pb2.ValidateTokenRequest()
+    asked.CopyFrom(request)
+    asked.consistency.at_least = revision
+    return asked
 
 
 def is_jwt(token: str) -> bool:

@@ -85,6 +85,7 @@ class SyncAuthsvcClient:
         permissions: Iterable[str] = (),
         step_up: StepUp = NO_STEP_UP,
         full: bool = False,
+        at_least: int = 0,
     ) -> RemoteVerdict:
         """Judges an access token, as AuthsvcClient's: one that is not active is no error."""
         request = messages.validate(
@@ -96,6 +97,7 @@ class SyncAuthsvcClient:
             permissions=permissions,
             step_up=step_up,
             full=full,
+            at_least=at_least,
         )
         return messages.verdict_of(self.ask(request))
 

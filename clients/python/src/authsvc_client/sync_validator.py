@@ -77,9 +77,9 @@ class SyncLocalValidator:
             verdict = local.judge(token, question, when_stale)
             if verdict is not None:
                 return verdict
-            local.asks()
+            revision = local.asks()
         try:
-            return self._client.validate(
+            found = self._client.validate(
                 token,
                 audience=audience,
                 scopes=scopes,
@@ -87,10 +87,13 @@ class SyncLocalValidator:
                 require_bound=require_bound,
                 permissions=permissions,
                 step_up=step_up,
+                at_least=revision,
             )
         finally:
             with self._lock:
                 local.asking -= 1
+        with self._lock:
+            return found.but(local.told(token, found.reason))
 
     def close(self) -> None:
         """Ends the stream and the thread."""

@@ -15,6 +15,7 @@ import grpc
 
 from . import clock
 from .client import AuthsvcClient
+from .core.cache import BytesCache
 from .core.judge import ANY_AUDIENCE, Judge, Question, Verdict
 from .core.markers import STALENESS_S_MAX, STALENESS_S_MIN
 from .core.reason import Reason
@@ -29,6 +30,18 @@ from .watcher import Watcher
 STALENESS_S = 120.0
 ASKING_MAX = 64
 """Tokens that authsvc may be asked about at once because their key is not known here."""
+REFUSED_BYTES_MAX = 2**23
+"""Of tokens that authsvc refused as revoked."""
+_ENTRY_BYTES = 256
+_REVOKED = frozenset(
+    {
+        Reason.TOKEN_REVOKED,
+        Reason.SESSION_ENDED,
+        Reason.GRANT_REVOKED,
+        Reason.TOKEN_CUT_OFF,
+        Reason.TOKEN_KEY_TAINTED,
+    }
+)
 _ANY = frozenset({ANY_AUDIENCE})
 
 _log = logging.getLogger("authsvc_client")
@@ -86,6 +99,10 @@ class Local:
         self._is_degraded = False
         self.asking = 0
         """Tokens that authsvc is being asked about."""
+        self._refused: BytesCache[str, Reason] = BytesCache(REFUSED_BYTES_MAX)
+        """As revoked, by authsvc: it may know before this state, and one replica before another."""
+        self._refused_at = 0.0
+        """When the last of them was; 0 where all that is dead is known here."""
 
     def age_s(self) -> float:
         """Seconds since the state was confirmed; infinite before the first time."""
@@ -108,7 +125,16 @@ class Local:
         if verdict.reason and self._is_unknown(token, verdict.reason):
             return None
         self.counts.local += 1
-        return verdict
+        return self._settled(token, verdict) if self._refused_at else verdict
+
+    def _settled(self, token: str, verdict: Verdict) -> Verdict:
+        """What authsvc refused as revoked is not accepted by a state that is older than that."""
+        if (self.state.confirmed or 0.0) > self._refused_at:
+            self._refused_at = 0.0
+        reason = self._refused.get(token) if verdict.active else None
+        if reason is None:
+            return verdict
+        return Verdict(reason, verdict.revision, verdict.check_time, verdict.check_time)
 
     def _is_unknown(self, token: str, reason: Reason) -> bool:
         """Whether authsvc may know more of a token that does not hold here."""
@@ -117,10 +143,20 @@ class Local:
         # Its key may have been published a moment ago.
         return reason is Reason.TOKEN_KEY_UNKNOWN and self.asking < ASKING_MAX
 
-    def asks(self) -> None:
-        """One token more is asked about; `asking` is one less when that is over."""
+    def asks(self) -> int:
+        """One token more is asked about; `asking` is one less when that is over. The revision that
+        whoever answers has to know: a replica may be behind, and what is dead here is dead there.
+        """
         self.asking += 1
         self.counts.remote += 1
+        return self.state.revision
+
+    def told(self, token: str, reason: Reason) -> Reason:
+        """What counts of what authsvc answered: a token that it once refused as revoked is dead."""
+        if reason in _REVOKED:
+            self._refused.put(token, reason, len(token) + _ENTRY_BYTES)
+            self._refused_at = self._now()
+        return reason or self._refused.get(token) or reason
 
     def _stale(
         self, token: str, question: Question, boot: float, stale: StateStale, then: WhenStale
@@ -140,7 +176,7 @@ class Local:
             else:
                 self.counts.local += 1
                 self.counts.opened += 1
-                return verdict
+                return self._settled(token, verdict)
         if then.remote:
             return None
         self.counts.refused += 1
@@ -214,9 +250,9 @@ class LocalValidator:
         verdict = local.judge(token, question, when_stale)
         if verdict is not None:
             return verdict
-        local.asks()
+        revision = local.asks()
         try:
-            return await self._client.validate(
+            found = await self._client.validate(
                 token,
                 audience=audience,
                 scopes=scopes,
@@ -224,9 +260,11 @@ class LocalValidator:
                 require_bound=require_bound,
                 permissions=permissions,
                 step_up=step_up,
+                at_least=revision,
             )
         finally:
             local.asking -= 1
+        return found.but(local.told(token, found.reason))
 
     async def close(self) -> None:
         """Ends the stream."""
