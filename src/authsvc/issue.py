@@ -129,9 +129,10 @@ class IssueToken:
         )
         if request.exchange is not None:
             return replace(answer, issued_token_type=ACCESS_TOKEN_TYPE)
-        if who.method is not AuthMethod.TLS_CLIENT_AUTH:
-            return answer  # each is to prove itself anew
-        again = self._mint.again(client, peer, origin, target)
+        proves_itself = request.grant_type is GrantType.CLIENT_CREDENTIALS
+        if not proves_itself or who.method is not AuthMethod.TLS_CLIENT_AUTH:
+            return answer  # what else was presented is to be presented anew
+        again = self._mint.again(moment, client, peer, origin, target)
         return replace(answer, again=Again(client, catalog, again)) if again is not None else answer
 
     def _target(

@@ -160,13 +160,15 @@ class Mint:
         self.end(moment)
         return answer
 
-    def again(self, client: Client, peer: Peer, origin: Origin, target: Target) -> Reissue | None:
-        """Issues such a token without a wait; None where it has to be written down, or permissions
-        looked up.
+    def again(
+        self, moment: Moment, client: Client, peer: Peer, origin: Origin, target: Target
+    ) -> Reissue | None:
+        """Issues a token such as was made just now, without a wait; None where it has to be written
+        down, or permissions looked up.
         """
         if target.freeze_permissions or target.token_format is not TokenFormat.JWT:
             return None
-        claims = self._claims(self.begin(), client, peer, origin, target)
+        claims = self._claims(moment, client, peer, origin, target)
         same = encode({name: value for name, value in claims.items() if name not in _NEW})[:-1]
         lifetime_s, until = target.lifetime_s, client.approval_expire_time or math.inf
 
