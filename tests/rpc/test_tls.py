@@ -8,9 +8,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
+from grpc.experimental import session_cache
 from structlog.testing import capture_logs
 
 from authsvc import pki
@@ -50,6 +52,8 @@ class Listener:
     now: float = NOW
     port: int = 0
     peers: Peers = field(init=False)
+    resumed: bool = False
+    """Whether the TLS session of the last call was one that another connection had begun."""
 
     def __post_init__(self) -> None:
         self.peers = Peers(lambda: self.tls.trust)
@@ -61,13 +65,20 @@ class Listener:
         (self.directory / "clients.pem").write_bytes(b"".join(ca.pem for ca in cas))
 
     async def whoami(self, _: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        self.resumed = [*context.auth_context()["ssl_session_reused"]] == [b"true"]
         try:
             return self.peers(context.auth_context(), self.now).spiffe_id.encode()
         except AuthError as error:
             return error.reason.name.encode()
 
     def channel(
-        self, client: Issued | None, *, chain: bytes = b"", server_ca: bytes = b"", port: int = 0
+        self,
+        client: Issued | None,
+        *,
+        chain: bytes = b"",
+        server_ca: bytes = b"",
+        port: int = 0,
+        sessions: Any = None,
     ) -> grpc.aio.Channel:
         """A connection of its own."""
         credentials = grpc.ssl_channel_credentials(
@@ -76,6 +87,7 @@ class Listener:
             client.pem + chain if client else None,
         )
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+        options += [("grpc.ssl_session_cache", sessions)] if sessions is not None else []
         return grpc.aio.secure_channel(f"localhost:{port or self.port}", credentials, options)
 
 
@@ -199,6 +211,28 @@ async def test_listener_chain_presented_over_the_wire_is_read(listener: Listener
     for name in ("a", "b"):
         channel = listener.channel(_client(middle, name), chain=middle.pem)
         assert await _answer(channel) == f"spiffe://test.local/{name}"
+
+
+async def test_resumed_session_is_judged_by_the_certificate_that_it_began_with(
+    listener: Listener,
+) -> None:
+    """RFC 8446 section 2.2: nothing is presented again."""
+    sessions: Any = session_cache.ssl_session_cache_lru(1)  # type: ignore[no-untyped-call]
+    assert (
+        await _answer(listener.channel(CLIENT, sessions=sessions)) == "spiffe://test.local/orders"
+    )
+    assert not listener.resumed
+    async with asyncio.timeout(CALL_TIMEOUT_S):
+        while not listener.resumed:  # the ticket comes after the handshake
+            answer = await _answer(listener.channel(CLIENT, sessions=sessions))
+            assert answer == "spiffe://test.local/orders"
+    listener.now = NOW + 2 * HOUR
+    answer = await _answer(listener.channel(CLIENT, sessions=sessions))
+    assert (answer, listener.resumed) == ("PEER_CERTIFICATE_EXPIRED", True)
+    listener.now = NOW
+    listener.write_client_cas(NEXT_CA)
+    assert listener.tls.reload()
+    await _refused(listener.channel(CLIENT, sessions=sessions))
 
 
 # --- reload ---
