@@ -32,6 +32,7 @@ from authsvc_client.v1 import (
     revocations_pb2,
     revocations_pb2_grpc,
 )
+from authsvc_client.validator import Local
 from tests.harness import (
     ADMIN,
     CA,
@@ -296,6 +297,45 @@ async def test_stale_state_is_asked_for_remotely_where_the_policy_says_so(scene:
         assert (await local.validate(live, **scene.asked())).active
         assert not (await local.validate(dead, **scene.asked())).active
         assert local.counts.remote == 2
+
+
+@pytest.mark.parametrize("planted", [False, True], ids=["as it is", "planted bug"])
+@pytest.mark.parametrize("kind", ["async", "sync"])
+async def test_what_authsvc_refused_as_revoked_is_not_accepted_by_an_older_state(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, kind: str, *, planted: bool
+) -> None:
+    if planted:
+        monkeypatch.setattr(Local, "told", lambda _local, _token, reason: reason)
+    token = await scene.token()
+
+    async def refused_once(validate: Callable[..., Any]) -> None:
+        """By a validator whose stream has ended before the token was revoked."""
+        assert (await validate(token)).active
+        await scene.revoke(token)
+        assert (await validate(token)).active  # as it was told last
+        scene.clock.by_s = 140.0
+        assert (await validate(token)).reason is Reason.TOKEN_REVOKED
+        scene.clock.by_s = 0.0
+        assert (await validate(token)).active is planted
+
+    async with scene.validator(when_stale=REMOTE) as local:
+        await local.close()
+        if kind == "async":
+            await refused_once(lambda token: local.validate(token, **scene.asked()))
+    if kind == "sync":
+        who, port = scene.service.who, scene.server.app.port
+        credentials = grpc.ssl_channel_credentials(CA.pem, who.key_pem, who.pem)
+        with (
+            SyncAuthsvcClient(grpc.secure_channel(f"localhost:{port}", credentials)) as client,
+            SyncLocalValidator(
+                client, issuer=ISSUER, when_stale=REMOTE, now=scene.clock
+            ) as blocking,
+        ):
+            await asyncio.to_thread(blocking.ready, 30)
+            await asyncio.to_thread(blocking.close)
+            await refused_once(
+                lambda token: asyncio.to_thread(blocking.validate, token, **scene.asked())
+            )
 
 
 async def test_what_only_authsvc_can_tell_it_is_asked_whatever_the_age_of_the_state(
