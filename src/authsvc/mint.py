@@ -170,16 +170,13 @@ class Mint:
             return None
         claims = self._claims(moment, client, peer, origin, target)
         same = encode({name: value for name, value in claims.items() if name not in _NEW})[:-1]
-        lifetime_s, until = target.lifetime_s, client.approval_expire_time or math.inf
 
         def reissue() -> Reissued:
             moment = self.begin()
             now, jti = int(moment.now), new_id()
-            end = int(min(now + lifetime_s, until))
-            if end <= now:
-                raise AuthError(Reason.INVALID_GRANT, cause="nothing is left of its life")
+            end = _end(now, client, target)
             new = f'"exp":{end},"iat":{now},"jti":"{jti}","rev":{moment.revision}'
-            token = self._ring.signer.sign_text(f"{same},{new}}}")
+            token = _fitting(self._ring.signer.sign_text(f"{same},{new}}}"))
             return Reissued(token, jti, end, end - now)
 
         return reissue
@@ -200,9 +197,6 @@ class Mint:
         if bound and not peer.thumbprint:
             raise AuthError(Reason.PEER_CERTIFICATE_MISSING, "the client's tokens are bound to one")
         now = int(moment.now)
-        end = int(min(now + target.lifetime_s, expires, client.approval_expire_time or math.inf))
-        if end <= now:
-            raise AuthError(Reason.INVALID_GRANT, cause="nothing is left of its life")
         return access_token_claims(
             issuer=self._issuer,
             client=client,
@@ -210,19 +204,32 @@ class Mint:
             target=target,
             jti=new_id(),
             now=now,
-            expires=end,
+            expires=_end(now, client, target, expires),
             revision=moment.revision if revision is None else min(revision, moment.revision),
             thumbprint=peer.thumbprint if bound else "",
             permissions=permissions,
         )
 
 
-def _answer(token: str, claims: Mapping[str, Any], target: Target) -> TokenAnswer:
+def _end(now: int, client: Client, target: Target, expires: float = math.inf) -> int:
+    """Raises AuthError INVALID_GRANT where nothing is left."""
+    end = int(min(now + target.lifetime_s, expires, client.approval_expire_time or math.inf))
+    if end <= now:
+        raise AuthError(Reason.INVALID_GRANT, cause="nothing is left of its life")
+    return end
+
+
+def _fitting(token: str) -> str:
+    """The same. Raises AuthError INVALID_TARGET for one that no validator would take."""
     if len(token) > TOKEN_CHARS_MAX:
         raise AuthError(Reason.INVALID_TARGET, "its permissions do not fit into a token")
+    return token
+
+
+def _answer(token: str, claims: Mapping[str, Any], target: Target) -> TokenAnswer:
     end: int = claims["exp"]
     return TokenAnswer(
-        token,
+        _fitting(token),
         claims["jti"],
         tuple(sorted(target.scopes)),
         target.audiences,

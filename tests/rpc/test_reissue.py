@@ -27,7 +27,6 @@ from tests.harness import (
     NOW,
     SECOND_CA,
     Member,
-    Running,
     identity,
     issue_request,
     outcome,
@@ -37,20 +36,33 @@ from tests.harness import (
 from tests.rpc.test_api_keys import KEY, create
 from tests.rpc.test_keys import activate, prepare
 from tests.rpc.test_rate_limits import SECRET, limits
-from tests.rpc.test_repeats import CATALOG, LOOKED, PATH, ROW, TRUST, Bug, plant
+from tests.rpc.test_repeats import (
+    API,
+    BEGINS,
+    CATALOG,
+    CERTIFICATE_S,
+    LOOKED,
+    PATH,
+    ROW,
+    SCOPE,
+    TRUST,
+    Bug,
+    Place,
+    both_ways,
+    distrust_the_ca,
+    hear_nothing,
+    outlive_the_certificate,
+    plant,
+    take_scopes,
+)
 
-API, SCOPE = "https://api.test", "api.read"
-CERTIFICATE_S = 240
-BEGINS = NOW + 6 * HOUR
 PINNED: dict[str, Any] = {"tls_client_auth_ca": CA.pin}
 
 
 @dataclass
-class Scene:
+class Scene(Place):
     """`orders` asks for the same token again and again."""
 
-    server: Running
-    directory: Path
     orders: Member
     billing: Member
     """Who owns what it is for."""
@@ -118,29 +130,12 @@ async def _delete(at: Scene) -> None:
 
 
 async def _take_the_scope(at: Scene) -> None:
-    client = clients_pb2.Client(client_id=at.orders.client_id)
-    request = clients_pb2.UpdateClientRequest(client=client)
-    request.update_mask.paths.append("metadata.scopes")
-    await at.server.clients().UpdateClient(request)
+    await take_scopes(at, at.orders)
 
 
 async def _delete_the_resource(at: Scene) -> None:
     request = resources_pb2.DeleteResourceRequest(resource_id=API)
     await at.server.resources().DeleteResource(request)
-
-
-async def _distrust_the_ca(at: Scene) -> None:
-    (at.directory / "clients.pem").write_bytes(SECOND_CA.pem)
-    at.server.app._prepared.tls.reload()
-
-
-async def _outlive_the_certificate(at: Scene) -> None:
-    await at.server.advance(CERTIFICATE_S + 1)
-
-
-async def _hear_nothing(at: Scene) -> None:
-    assert isinstance(at.server.clock, HandClock)
-    at.server.clock.advance(121)
 
 
 AGE: Bug = (Mint, "begin", "state.require_fresh(started)", "started")
@@ -150,14 +145,14 @@ CHANGES: dict[str, tuple[Callable[[Scene], Awaitable[None]], str, Bug]] = {
     "the client deleted": (_delete, "CLIENT_AUTHENTICATION_FAILED", ROW),
     "its scope gone": (_take_the_scope, "SCOPE_NOT_ALLOWED", ROW),
     "the resource deleted": (_delete_the_resource, "SCOPE_UNKNOWN", CATALOG),
-    "its CA gone": (_distrust_the_ca, "PEER_CERTIFICATE_INVALID", TRUST),
-    "its certificate over": (_outlive_the_certificate, "PEER_CERTIFICATE_EXPIRED", PATH),
-    "nothing heard for too long": (_hear_nothing, "STATE_STALE", AGE),
+    "its CA gone": (distrust_the_ca, "PEER_CERTIFICATE_INVALID", TRUST),
+    "its certificate over": (outlive_the_certificate, "PEER_CERTIFICATE_EXPIRED", PATH),
+    "nothing heard for too long": (hear_nothing, "STATE_STALE", AGE),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("planted", [False, True], ids=["as it is", "planted bug"])
+@both_ways
 async def test_whatever_it_was_made_from_ends_it_at_the_next_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, *, planted: bool
 ) -> None:

@@ -45,11 +45,17 @@ QUESTIONS: list[dict[str, Any]] = [{}, {"view": auth_pb2.TOKEN_VIEW_CLAIMS, "aud
 
 
 @dataclass
-class Scene:
-    """`asker` asks about the token of `holder` again and again."""
+class Place:
+    """A server by a clock moved by hand, and where its files are."""
 
     server: Running
     directory: Path
+
+
+@dataclass
+class Scene(Place):
+    """`asker` asks about the token of `holder` again and again."""
+
     asker: Member
     holder: Member
     token: str
@@ -148,7 +154,11 @@ async def _lose_the_key(at: Scene) -> None:
 
 
 async def _take_the_scope(at: Scene) -> None:
-    client = clients_pb2.Client(client_id=at.asker.client_id)
+    await take_scopes(at, at.asker)
+
+
+async def take_scopes(at: Place, of: Member) -> None:
+    client = clients_pb2.Client(client_id=of.client_id)
     request = clients_pb2.UpdateClientRequest(client=client)
     request.update_mask.paths.append("metadata.scopes")
     await at.server.clients().UpdateClient(request)
@@ -172,18 +182,18 @@ async def _update_resource(at: Scene, field: str, **fields: Any) -> None:
     await at.server.resources().UpdateResource(request)
 
 
-async def _hear_nothing(at: Scene) -> None:
+async def hear_nothing(at: Place) -> None:
     assert isinstance(at.server.clock, HandClock)
     at.server.clock.advance(121)
 
 
-async def _distrust_the_ca(at: Scene) -> None:
+async def distrust_the_ca(at: Place) -> None:
     (at.directory / "clients.pem").write_bytes(SECOND_CA.pem)
     at.server.app._prepared.tls.reload()
 
 
-async def _outlive_the_certificate(at: Scene) -> None:
-    await at.pass_time(CERTIFICATE_S + 1)
+async def outlive_the_certificate(at: Place) -> None:
+    await at.server.advance(CERTIFICATE_S + 1)
 
 
 async def _set_the_clock_before_the_certificate(at: Scene) -> None:
@@ -222,10 +232,10 @@ CHANGES: dict[str, tuple[Callable[[Scene], Awaitable[None]], str, Bug]] = {
     "the asker suspended, after a look": (_suspend_asker, "CLIENT_SUSPENDED", LOOKED),
     "the asker's scope gone": (_take_the_scope, "INSUFFICIENT_SCOPE", ROW),
     "another owner": (_give_the_resource_away, HIDDEN, CATALOG),
-    "nothing heard for too long": (_hear_nothing, "STATE_STALE", AGE),
+    "nothing heard for too long": (hear_nothing, "STATE_STALE", AGE),
     "nothing heard for too long there": (_lower_the_bound, "STATE_STALE", BOUND),
-    "the asker's CA gone": (_distrust_the_ca, "PEER_CERTIFICATE_INVALID", TRUST),
-    "the asker's certificate over": (_outlive_the_certificate, "PEER_CERTIFICATE_EXPIRED", PATH),
+    "the asker's CA gone": (distrust_the_ca, "PEER_CERTIFICATE_INVALID", TRUST),
+    "the asker's certificate over": (outlive_the_certificate, "PEER_CERTIFICATE_EXPIRED", PATH),
     "a clock set back": (_set_the_clock_before_the_certificate, "PEER_CERTIFICATE_EXPIRED", PATH),
 }
 
@@ -240,8 +250,11 @@ def plant(monkeypatch: pytest.MonkeyPatch, bug: Bug) -> None:
     monkeypatch.setattr(owner, name, made[name])
 
 
+both_ways = pytest.mark.parametrize("planted", [False, True], ids=["as it is", "planted bug"])
+
+
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("planted", [False, True], ids=["as it is", "planted bug"])
+@both_ways
 async def test_whatever_it_was_made_from_ends_it_at_the_next_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, *, planted: bool
 ) -> None:

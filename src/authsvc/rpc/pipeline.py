@@ -466,7 +466,7 @@ def _limited(implementation: Unary, rates: Rates, limit: Limit) -> Unary:
             await rates.failed(who, error)
             raise
         if (repeat := call.repeat) is not None:
-            call.repeat = lambda *of: None if rates.is_away(who) else repeat(*of)
+            call.repeat = lambda *of: None if rates.away_s(who) else repeat(*of)
         return answer
 
     return limited
@@ -476,7 +476,7 @@ def _again(repeats: Repeats, raw: bytes, context: Context) -> bytes | None:
     """As `repeats`, of a call that says something by its metadata."""
     try:
         authorization, request_id = _metadata(context)
-    except AuthError:  # told by what judges in full
+    except Exception:  # whatever it is, it is told by what judges in full
         return None
     response = None if authorization else repeats(raw, context, request_id)
     if response is not None and request_id:

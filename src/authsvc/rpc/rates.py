@@ -111,16 +111,15 @@ class Rates:
         if rate is not None and (wait_s := await self._limits(limit, who, rate)):
             raise self._too_many(limit, rate, wait_s)
 
+    def away_s(self, who: str) -> float:
+        """Seconds for which who failed too often is still sent away; 0 for others."""
+        until = self._away.get(who)
+        return max(0.0, until - self._clock.boot()) if until is not None else 0.0
+
     def turn_away(self, who: str) -> None:
         """Raises AuthError RATE_LIMITED for who failed too often: it is not even looked at."""
-        until = self._away.get(who)
-        if until is not None and (wait_s := until - self._clock.boot()) > 0:
+        if wait_s := self.away_s(who):
             raise self._too_many(Limit.REFUSED, self._rates[Limit.REFUSED], wait_s)
-
-    def is_away(self, who: str) -> bool:
-        """Whether `turn_away` would raise."""
-        until = self._away.get(who)
-        return until is not None and until > self._clock.boot()
 
     async def failed(self, who: str, error: AuthError) -> None:
         """Counts a call that was refused for who made it."""
